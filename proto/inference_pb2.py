@@ -22,10 +22,9 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
-from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ejoinwise/proto/inference.proto\x12\x0bjoinwise.v1\x1a\x1cgoogle/protobuf/struct.proto\"\x9e\x03\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\x08messages\x18\x03 \x01(\x0b\x32\x15.joinwise.v1.MessagesH\x00\x12*\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x15.joinwise.v1.TokenIdsH\x00\x12.\n\x08sampling\x18\x05 \x01(\x0b\x32\x1c.joinwise.v1.SamplingOptions\x12 \n\x05tools\x18\x06 \x03(\x0b\x32\x11.joinwise.v1.Tool\x12\x13\n\x0btool_choice\x18\x07 \x01(\t\x12\x34\n\x0fresponse_format\x18\x08 \x01(\x0b\x32\x1b.joinwise.v1.ResponseFormat\x12\x12\n\nrequest_id\x18\t \x01(\t\x12\x12\n\nsession_id\x18\n \x01(\t\x12\x10\n\x08priority\x18\x0b \x01(\x05\x12\x35\n\x14\x63hat_template_kwargs\x18\x0c \x01(\x0b\x32\x17.google.protobuf.StructB\x07\n\x05input\"2\n\x08Messages\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.joinwise.v1.Message\"w\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12)\n\ntool_calls\x18\x04 \x03(\x0b\x32\x15.joinwise.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x05 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xa0\x06\n\x0fSamplingOptions\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x03H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x0e\n\x01n\x18\t \x01(\rH\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\n \x01(\x02H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0b \x01(\x02H\x08\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0c \x01(\x02H\t\x88\x01\x01\x12\x15\n\x08logprobs\x18\r \x01(\rH\n\x88\x01\x01\x12\x17\n\nignore_eos\x18\x0e \x01(\x08H\x0b\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x0f \x01(\rH\x0c\x88\x01\x01\x12?\n\nlogit_bias\x18\x10 \x03(\x0b\x32+.joinwise.v1.SamplingOptions.LogitBiasEntry\x12 \n\x13skip_special_tokens\x18\x11 \x01(\x08H\r\x88\x01\x01\x12\'\n\x1ainclude_stop_str_in_output\x18\x12 \x01(\x08H\x0e\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\x04\n\x02_nB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x0b\n\t_logprobsB\r\n\x0b_ignore_eosB\r\n\x0b_min_tokensB\x16\n\x14_skip_special_tokensB\x1d\n\x1b_include_stop_str_in_output\"V\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12+\n\nparameters\x18\x03 \x01(\x0b\x32\x17.google.protobuf.Struct\"F\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\x12\r\n\x05index\x18\x04 \x01(\r\"\xad\x01\n\x0eResponseFormat\x12\x15\n\x0bjson_object\x18\x01 \x01(\x08H\x00\x12.\n\x0bjson_schema\x18\x02 \x01(\x0b\x32\x17.google.protobuf.StructH\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12&\n\x06\x63hoice\x18\x04 \x01(\x0b\x32\x14.joinwise.v1.ChoicesH\x00\x12\x11\n\x07grammar\x18\x05 \x01(\tH\x00\x42\x08\n\x06\x66ormat\"\x1a\n\x07\x43hoices\x12\x0f\n\x07\x63hoices\x18\x01 \x03(\t\"\xcb\x01\n\x10GenerateResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\'\n\x07started\x18\x02 \x01(\x0b\x32\x14.joinwise.v1.StartedH\x00\x12#\n\x05\x64\x65lta\x18\x03 \x01(\x0b\x32\x12.joinwise.v1.DeltaH\x00\x12)\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x15.joinwise.v1.FinishedH\x00\x12#\n\x05usage\x18\x05 \x01(\x0b\x32\x12.joinwise.v1.UsageH\x00\x42\x07\n\x05\x65vent\"=\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07\x63reated\x18\x03 \x01(\x03\"\xa2\x01\n\x05\x44\x65lta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\treasoning\x18\x03 \x01(\t\x12)\n\ntool_calls\x18\x04 \x03(\x0b\x32\x15.joinwise.v1.ToolCall\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12+\n\x08logprobs\x18\x06 \x03(\x0b\x32\x19.joinwise.v1.TokenLogprob\"V\n\x0cTokenLogprob\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12&\n\x03top\x18\x03 \x03(\x0b\x32\x19.joinwise.v1.TokenLogprob\"E\n\x08\x46inished\x12\r\n\x05index\x18\x01 \x01(\r\x12\x15\n\rfinish_reason\x18\x02 \x01(\t\x12\x13\n\x0bstop_reason\x18\x03 \x01(\t\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"+\n\x15\x43\x61ncelGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\'\n\x16\x43\x61ncelGenerateResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x13\n\x11ListModelsRequest\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.joinwise.v1.Model\"<\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06parent\x18\x02 \x01(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\"\x16\n\x14\x43lusterStatusRequest\"^\n\x15\x43lusterStatusResponse\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12$\n\x07workers\x18\x02 \x03(\x0b\x32\x13.joinwise.v1.Worker\x12\x0e\n\x06leases\x18\x03 \x01(\r\"\xe9\x01\n\x06Worker\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04pool\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\x0f\n\x07running\x18\x06 \x01(\r\x12\x0f\n\x07waiting\x18\x07 \x01(\r\x12\x16\n\x0epending_tokens\x18\x08 \x01(\x04\x12\x16\n\x0ekv_blocks_free\x18\t \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\n \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x0b \x01(\t\x12\x16\n\x0e\x64\x65\x63ode_step_ms\x18\x0c \x01(\x02\x32\xd7\x02\n\x10InferenceService\x12I\n\x08Generate\x12\x1c.joinwise.v1.GenerateRequest\x1a\x1d.joinwise.v1.GenerateResponse0\x01\x12Q\n\x06\x43\x61ncel\x12\".joinwise.v1.CancelGenerateRequest\x1a#.joinwise.v1.CancelGenerateResponse\x12M\n\nListModels\x12\x1e.joinwise.v1.ListModelsRequest\x1a\x1f.joinwise.v1.ListModelsResponse\x12V\n\rClusterStatus\x12!.joinwise.v1.ClusterStatusRequest\x1a\".joinwise.v1.ClusterStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ejoinwise/proto/inference.proto\x12\x0bjoinwise.v1\"\x85\x03\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\x08messages\x18\x03 \x01(\x0b\x32\x15.joinwise.v1.MessagesH\x00\x12*\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x15.joinwise.v1.TokenIdsH\x00\x12.\n\x08sampling\x18\x05 \x01(\x0b\x32\x1c.joinwise.v1.SamplingOptions\x12 \n\x05tools\x18\x06 \x03(\x0b\x32\x11.joinwise.v1.Tool\x12\x13\n\x0btool_choice\x18\x07 \x01(\t\x12\x34\n\x0fresponse_format\x18\x08 \x01(\x0b\x32\x1b.joinwise.v1.ResponseFormat\x12\x12\n\nrequest_id\x18\t \x01(\t\x12\x12\n\nsession_id\x18\n \x01(\t\x12\x10\n\x08priority\x18\x0b \x01(\x05\x12\x1c\n\x14\x63hat_template_kwargs\x18\x0c \x01(\tB\x07\n\x05input\"2\n\x08Messages\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.joinwise.v1.Message\"w\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12)\n\ntool_calls\x18\x04 \x03(\x0b\x32\x15.joinwise.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x05 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xa0\x06\n\x0fSamplingOptions\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x03H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x0e\n\x01n\x18\t \x01(\rH\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\n \x01(\x01H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0b \x01(\x01H\x08\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0c \x01(\x01H\t\x88\x01\x01\x12\x15\n\x08logprobs\x18\r \x01(\rH\n\x88\x01\x01\x12\x17\n\nignore_eos\x18\x0e \x01(\x08H\x0b\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x0f \x01(\rH\x0c\x88\x01\x01\x12?\n\nlogit_bias\x18\x10 \x03(\x0b\x32+.joinwise.v1.SamplingOptions.LogitBiasEntry\x12 \n\x13skip_special_tokens\x18\x11 \x01(\x08H\r\x88\x01\x01\x12\'\n\x1ainclude_stop_str_in_output\x18\x12 \x01(\x08H\x0e\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\x04\n\x02_nB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x0b\n\t_logprobsB\r\n\x0b_ignore_eosB\r\n\x0b_min_tokensB\x16\n\x14_skip_special_tokensB\x1d\n\x1b_include_stop_str_in_output\"=\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\t\"F\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\x12\r\n\x05index\x18\x04 \x01(\r\"\x94\x01\n\x0eResponseFormat\x12\x15\n\x0bjson_object\x18\x01 \x01(\x08H\x00\x12\x15\n\x0bjson_schema\x18\x02 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12&\n\x06\x63hoice\x18\x04 \x01(\x0b\x32\x14.joinwise.v1.ChoicesH\x00\x12\x11\n\x07grammar\x18\x05 \x01(\tH\x00\x42\x08\n\x06\x66ormat\"\x1a\n\x07\x43hoices\x12\x0f\n\x07\x63hoices\x18\x01 \x03(\t\"\xcb\x01\n\x10GenerateResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\'\n\x07started\x18\x02 \x01(\x0b\x32\x14.joinwise.v1.StartedH\x00\x12#\n\x05\x64\x65lta\x18\x03 \x01(\x0b\x32\x12.joinwise.v1.DeltaH\x00\x12)\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x15.joinwise.v1.FinishedH\x00\x12#\n\x05usage\x18\x05 \x01(\x0b\x32\x12.joinwise.v1.UsageH\x00\x42\x07\n\x05\x65vent\"=\n\x07Started\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07\x63reated\x18\x03 \x01(\x03\"\xa2\x01\n\x05\x44\x65lta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\treasoning\x18\x03 \x01(\t\x12)\n\ntool_calls\x18\x04 \x03(\x0b\x32\x15.joinwise.v1.ToolCall\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12+\n\x08logprobs\x18\x06 \x03(\x0b\x32\x19.joinwise.v1.TokenLogprob\"V\n\x0cTokenLogprob\x12\r\n\x05token\x18\x01 \x01(\t\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\x12&\n\x03top\x18\x03 \x03(\x0b\x32\x19.joinwise.v1.TokenLogprob\"E\n\x08\x46inished\x12\r\n\x05index\x18\x01 \x01(\r\x12\x15\n\rfinish_reason\x18\x02 \x01(\t\x12\x13\n\x0bstop_reason\x18\x03 \x01(\t\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"+\n\x15\x43\x61ncelGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\'\n\x16\x43\x61ncelGenerateResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x13\n\x11ListModelsRequest\"8\n\x12ListModelsResponse\x12\"\n\x06models\x18\x01 \x03(\x0b\x32\x12.joinwise.v1.Model\"<\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06parent\x18\x02 \x01(\t\x12\x15\n\rmax_model_len\x18\x03 \x01(\r\"\x16\n\x14\x43lusterStatusRequest\"^\n\x15\x43lusterStatusResponse\x12\x0f\n\x07\x63luster\x18\x01 \x01(\t\x12$\n\x07workers\x18\x02 \x03(\x0b\x32\x13.joinwise.v1.Worker\x12\x0e\n\x06leases\x18\x03 \x01(\r\"\xe9\x01\n\x06Worker\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04pool\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\x0f\n\x07running\x18\x06 \x01(\r\x12\x0f\n\x07waiting\x18\x07 \x01(\r\x12\x16\n\x0epending_tokens\x18\x08 \x01(\x04\x12\x16\n\x0ekv_blocks_free\x18\t \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\n \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x0b \x01(\t\x12\x16\n\x0e\x64\x65\x63ode_step_ms\x18\x0c \x01(\x02\x32\xd7\x02\n\x10InferenceService\x12I\n\x08Generate\x12\x1c.joinwise.v1.GenerateRequest\x1a\x1d.joinwise.v1.GenerateResponse0\x01\x12Q\n\x06\x43\x61ncel\x12\".joinwise.v1.CancelGenerateRequest\x1a#.joinwise.v1.CancelGenerateResponse\x12M\n\nListModels\x12\x1e.joinwise.v1.ListModelsRequest\x1a\x1f.joinwise.v1.ListModelsResponse\x12V\n\rClusterStatus\x12!.joinwise.v1.ClusterStatusRequest\x1a\".joinwise.v1.ClusterStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,54 +33,54 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_GENERATEREQUEST']._serialized_start=78
-  _globals['_GENERATEREQUEST']._serialized_end=492
-  _globals['_MESSAGES']._serialized_start=494
-  _globals['_MESSAGES']._serialized_end=544
-  _globals['_MESSAGE']._serialized_start=546
-  _globals['_MESSAGE']._serialized_end=665
-  _globals['_TOKENIDS']._serialized_start=667
-  _globals['_TOKENIDS']._serialized_end=690
-  _globals['_SAMPLINGOPTIONS']._serialized_start=693
-  _globals['_SAMPLINGOPTIONS']._serialized_end=1493
-  _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._serialized_start=1205
-  _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._serialized_end=1253
-  _globals['_TOOL']._serialized_start=1495
-  _globals['_TOOL']._serialized_end=1581
-  _globals['_TOOLCALL']._serialized_start=1583
-  _globals['_TOOLCALL']._serialized_end=1653
-  _globals['_RESPONSEFORMAT']._serialized_start=1656
-  _globals['_RESPONSEFORMAT']._serialized_end=1829
-  _globals['_CHOICES']._serialized_start=1831
-  _globals['_CHOICES']._serialized_end=1857
-  _globals['_GENERATERESPONSE']._serialized_start=1860
-  _globals['_GENERATERESPONSE']._serialized_end=2063
-  _globals['_STARTED']._serialized_start=2065
-  _globals['_STARTED']._serialized_end=2126
-  _globals['_DELTA']._serialized_start=2129
-  _globals['_DELTA']._serialized_end=2291
-  _globals['_TOKENLOGPROB']._serialized_start=2293
-  _globals['_TOKENLOGPROB']._serialized_end=2379
-  _globals['_FINISHED']._serialized_start=2381
-  _globals['_FINISHED']._serialized_end=2450
-  _globals['_USAGE']._serialized_start=2452
-  _globals['_USAGE']._serialized_end=2532
-  _globals['_CANCELGENERATEREQUEST']._serialized_start=2534
-  _globals['_CANCELGENERATEREQUEST']._serialized_end=2577
-  _globals['_CANCELGENERATERESPONSE']._serialized_start=2579
-  _globals['_CANCELGENERATERESPONSE']._serialized_end=2618
-  _globals['_LISTMODELSREQUEST']._serialized_start=2620
-  _globals['_LISTMODELSREQUEST']._serialized_end=2639
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2641
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2697
-  _globals['_MODEL']._serialized_start=2699
-  _globals['_MODEL']._serialized_end=2759
-  _globals['_CLUSTERSTATUSREQUEST']._serialized_start=2761
-  _globals['_CLUSTERSTATUSREQUEST']._serialized_end=2783
-  _globals['_CLUSTERSTATUSRESPONSE']._serialized_start=2785
-  _globals['_CLUSTERSTATUSRESPONSE']._serialized_end=2879
-  _globals['_WORKER']._serialized_start=2882
-  _globals['_WORKER']._serialized_end=3115
-  _globals['_INFERENCESERVICE']._serialized_start=3118
-  _globals['_INFERENCESERVICE']._serialized_end=3461
+  _globals['_GENERATEREQUEST']._serialized_start=48
+  _globals['_GENERATEREQUEST']._serialized_end=437
+  _globals['_MESSAGES']._serialized_start=439
+  _globals['_MESSAGES']._serialized_end=489
+  _globals['_MESSAGE']._serialized_start=491
+  _globals['_MESSAGE']._serialized_end=610
+  _globals['_TOKENIDS']._serialized_start=612
+  _globals['_TOKENIDS']._serialized_end=635
+  _globals['_SAMPLINGOPTIONS']._serialized_start=638
+  _globals['_SAMPLINGOPTIONS']._serialized_end=1438
+  _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._serialized_start=1150
+  _globals['_SAMPLINGOPTIONS_LOGITBIASENTRY']._serialized_end=1198
+  _globals['_TOOL']._serialized_start=1440
+  _globals['_TOOL']._serialized_end=1501
+  _globals['_TOOLCALL']._serialized_start=1503
+  _globals['_TOOLCALL']._serialized_end=1573
+  _globals['_RESPONSEFORMAT']._serialized_start=1576
+  _globals['_RESPONSEFORMAT']._serialized_end=1724
+  _globals['_CHOICES']._serialized_start=1726
+  _globals['_CHOICES']._serialized_end=1752
+  _globals['_GENERATERESPONSE']._serialized_start=1755
+  _globals['_GENERATERESPONSE']._serialized_end=1958
+  _globals['_STARTED']._serialized_start=1960
+  _globals['_STARTED']._serialized_end=2021
+  _globals['_DELTA']._serialized_start=2024
+  _globals['_DELTA']._serialized_end=2186
+  _globals['_TOKENLOGPROB']._serialized_start=2188
+  _globals['_TOKENLOGPROB']._serialized_end=2274
+  _globals['_FINISHED']._serialized_start=2276
+  _globals['_FINISHED']._serialized_end=2345
+  _globals['_USAGE']._serialized_start=2347
+  _globals['_USAGE']._serialized_end=2427
+  _globals['_CANCELGENERATEREQUEST']._serialized_start=2429
+  _globals['_CANCELGENERATEREQUEST']._serialized_end=2472
+  _globals['_CANCELGENERATERESPONSE']._serialized_start=2474
+  _globals['_CANCELGENERATERESPONSE']._serialized_end=2513
+  _globals['_LISTMODELSREQUEST']._serialized_start=2515
+  _globals['_LISTMODELSREQUEST']._serialized_end=2534
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2536
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2592
+  _globals['_MODEL']._serialized_start=2594
+  _globals['_MODEL']._serialized_end=2654
+  _globals['_CLUSTERSTATUSREQUEST']._serialized_start=2656
+  _globals['_CLUSTERSTATUSREQUEST']._serialized_end=2678
+  _globals['_CLUSTERSTATUSRESPONSE']._serialized_start=2680
+  _globals['_CLUSTERSTATUSRESPONSE']._serialized_end=2774
+  _globals['_WORKER']._serialized_start=2777
+  _globals['_WORKER']._serialized_end=3010
+  _globals['_INFERENCESERVICE']._serialized_start=3013
+  _globals['_INFERENCESERVICE']._serialized_end=3356
 # @@protoc_insertion_point(module_scope)
