@@ -1,0 +1,1 @@
+"""Benchmarks: correctness first, then times against a named baseline in the same run."""

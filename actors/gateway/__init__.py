@@ -1,0 +1,1 @@
+"""The gateway: vLLM's front end over a cluster of engine cores."""

@@ -1,0 +1,1 @@
+"""The shell of the command line; commands that need engines register through entry points."""

@@ -1,0 +1,1 @@
+"""Choosing workers and reserving their capacity, one atomic step in Redis."""

@@ -1,0 +1,1 @@
+"""Redis: the embedded server, the client, the keys and the scripts that decide."""
