@@ -1,4 +1,4 @@
-"""Where models come from: a GGUF file, the hub, an object store. Each source ends in a local folder or a typed error."""
+"""Where models come from: a GGUF file, the hub, an object store. Each ends in a local folder or a typed error."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def hub(repository: str, revision: str | None, progress: Progress) -> Path:
 
 
 def object_store(uri: str, progress: Progress) -> Path:
-    """A copy of the folder at `uri` (s3://, gs://, az:// and whatever else fsspec can open), kept by its content's key."""
+    """A copy of the folder at `uri` (s3://, gs://, az:// and what else fsspec opens), kept by its content's key."""
     protocol = uri.partition("://")[0]
     try:
         import fsspec
