@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17joinwise/proto/kv.proto\x12\x0bjoinwise.v1\"\x95\x01\n\x08KvLayout\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x12\n\nblock_size\x18\x03 \x01(\r\x12$\n\x06layers\x18\x04 \x03(\x0b\x32\x14.joinwise.v1.KvLayer\x12\x10\n\x08interior\x18\x05 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x06 \x01(\t\",\n\x07KvLayer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x62lock_bytes\x18\x02 \x01(\x04\"6\n\rLayoutRequest\x12%\n\x06layout\x18\x01 \x01(\x0b\x32\x15.joinwise.v1.KvLayout\"I\n\x0eLayoutResponse\x12%\n\x06layout\x18\x01 \x01(\x0b\x32\x15.joinwise.v1.KvLayout\x12\x10\n\x08instance\x18\x02 \x01(\x04\"\x86\x01\n\x0c\x46\x65tchRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x13\n\x0b\x66irst_block\x18\x03 \x01(\r\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12\x15\n\rlayout_digest\x18\x05 \x01(\t\x12\x12\n\nnum_tokens\x18\x06 \x01(\r\"\x1e\n\rFetchResponse\x12\r\n\x05\x66rame\x18\x01 \x01(\x0c\"%\n\rCancelRequest\x12\x14\n\x0ctransfer_ids\x18\x01 \x03(\t\"\x10\n\x0e\x43\x61ncelResponse2\xd3\x01\n\tKvService\x12\x41\n\x06Layout\x12\x1a.joinwise.v1.LayoutRequest\x1a\x1b.joinwise.v1.LayoutResponse\x12@\n\x05\x46\x65tch\x12\x19.joinwise.v1.FetchRequest\x1a\x1a.joinwise.v1.FetchResponse0\x01\x12\x41\n\x06\x43\x61ncel\x12\x1a.joinwise.v1.CancelRequest\x1a\x1b.joinwise.v1.CancelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17joinwise/proto/kv.proto\x12\x0bjoinwise.v1\"\x95\x01\n\x08KvLayout\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x12\n\nblock_size\x18\x03 \x01(\r\x12$\n\x06layers\x18\x04 \x03(\x0b\x32\x14.joinwise.v1.KvLayer\x12\x10\n\x08interior\x18\x05 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x06 \x01(\t\",\n\x07KvLayer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x62lock_bytes\x18\x02 \x01(\x04\"6\n\rLayoutRequest\x12%\n\x06layout\x18\x01 \x01(\x0b\x32\x15.joinwise.v1.KvLayout\"I\n\x0eLayoutResponse\x12%\n\x06layout\x18\x01 \x01(\x0b\x32\x15.joinwise.v1.KvLayout\x12\x10\n\x08instance\x18\x02 \x01(\x04\"\x86\x01\n\x0c\x46\x65tchRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x13\n\x0b\x66irst_block\x18\x03 \x01(\r\x12\x12\n\nnum_blocks\x18\x04 \x01(\r\x12\x15\n\rlayout_digest\x18\x05 \x01(\t\x12\x12\n\nnum_tokens\x18\x06 \x01(\r\"\x1e\n\rFetchResponse\x12\r\n\x05\x66rame\x18\x01 \x01(\x0c\x32\x90\x01\n\tKvService\x12\x41\n\x06Layout\x12\x1a.joinwise.v1.LayoutRequest\x1a\x1b.joinwise.v1.LayoutResponse\x12@\n\x05\x46\x65tch\x12\x19.joinwise.v1.FetchRequest\x1a\x1a.joinwise.v1.FetchResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,10 +43,6 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FETCHREQUEST']._serialized_end=504
   _globals['_FETCHRESPONSE']._serialized_start=506
   _globals['_FETCHRESPONSE']._serialized_end=536
-  _globals['_CANCELREQUEST']._serialized_start=538
-  _globals['_CANCELREQUEST']._serialized_end=575
-  _globals['_CANCELRESPONSE']._serialized_start=577
-  _globals['_CANCELRESPONSE']._serialized_end=593
-  _globals['_KVSERVICE']._serialized_start=596
-  _globals['_KVSERVICE']._serialized_end=807
+  _globals['_KVSERVICE']._serialized_start=539
+  _globals['_KVSERVICE']._serialized_end=683
 # @@protoc_insertion_point(module_scope)

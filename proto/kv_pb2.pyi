@@ -65,13 +65,3 @@ class FetchResponse(_message.Message):
     FRAME_FIELD_NUMBER: _ClassVar[int]
     frame: bytes
     def __init__(self, frame: _Optional[bytes] = ...) -> None: ...
-
-class CancelRequest(_message.Message):
-    __slots__ = ("transfer_ids",)
-    TRANSFER_IDS_FIELD_NUMBER: _ClassVar[int]
-    transfer_ids: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, transfer_ids: _Optional[_Iterable[str]] = ...) -> None: ...
-
-class CancelResponse(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...

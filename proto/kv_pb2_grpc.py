@@ -45,11 +45,6 @@ class KvServiceStub:
                 request_serializer=joinwise_dot_proto_dot_kv__pb2.FetchRequest.SerializeToString,
                 response_deserializer=joinwise_dot_proto_dot_kv__pb2.FetchResponse.FromString,
                 _registered_method=True)
-        self.Cancel = channel.unary_unary(
-                '/joinwise.v1.KvService/Cancel',
-                request_serializer=joinwise_dot_proto_dot_kv__pb2.CancelRequest.SerializeToString,
-                response_deserializer=joinwise_dot_proto_dot_kv__pb2.CancelResponse.FromString,
-                _registered_method=True)
 
 
 class KvServiceServicer:
@@ -70,13 +65,6 @@ class KvServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def Cancel(self, request, context):
-        """Cancel frees what a prefill worker holds for a transfer that nobody will fetch.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
 
 def add_KvServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -89,11 +77,6 @@ def add_KvServiceServicer_to_server(servicer, server):
                     servicer.Fetch,
                     request_deserializer=joinwise_dot_proto_dot_kv__pb2.FetchRequest.FromString,
                     response_serializer=joinwise_dot_proto_dot_kv__pb2.FetchResponse.SerializeToString,
-            ),
-            'Cancel': grpc.unary_unary_rpc_method_handler(
-                    servicer.Cancel,
-                    request_deserializer=joinwise_dot_proto_dot_kv__pb2.CancelRequest.FromString,
-                    response_serializer=joinwise_dot_proto_dot_kv__pb2.CancelResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -151,33 +134,6 @@ class KvService:
             '/joinwise.v1.KvService/Fetch',
             joinwise_dot_proto_dot_kv__pb2.FetchRequest.SerializeToString,
             joinwise_dot_proto_dot_kv__pb2.FetchResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-    @staticmethod
-    def Cancel(request,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.unary_unary(
-            request,
-            target,
-            '/joinwise.v1.KvService/Cancel',
-            joinwise_dot_proto_dot_kv__pb2.CancelRequest.SerializeToString,
-            joinwise_dot_proto_dot_kv__pb2.CancelResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,162 @@
+"""The sending half of transfers: what of each is computed, and who still reads its blocks.
+
+Two kinds of thread meet here. The engine's stepping thread says which blocks of which layer are
+final and when vLLM has finished the request; one thread per open stream reads final blocks and
+sends them. vLLM keeps the request's blocks until `SendTable.take_releasable` has named it, so a
+reader never sees a block that belongs to somebody else. The one exception is a preempted request:
+its transfer is closed *before* its blocks are reused, and a reader checks `closed` *after* copying,
+so a copy that may hold foreign bytes is never sent.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+@dataclass(eq=False)
+class SendTransfer:
+    """One request whose KV a decode worker will fetch.
+
+    `ready[layer]` counts the blocks, from the prompt's first, that are final in that layer.
+    Times are of the monotonic clock, in seconds.
+    """
+
+    transfer_id: str
+    request_id: str
+    epoch: int
+    num_blocks: int
+    num_layers: int
+    num_tokens: int
+    expires: float
+    block_ids: list[int] = field(default_factory=list)
+    ready: list[int] = field(default_factory=list)
+    computed_at: float = 0.0
+    ended: bool = False
+    """vLLM has finished the request and holds its blocks for us."""
+    closed: str = ""
+    """Why nothing more will be sent; empty while the transfer is open."""
+    streaming: bool = False
+    changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def __post_init__(self) -> None:
+        self.ready = [0] * self.num_layers
+
+    @property
+    def computed(self) -> bool:
+        """Every block of every layer is final."""
+        return min(self.ready) >= self.num_blocks
+
+
+class SendTable:
+    """All sending transfers of one worker.
+
+    Args:
+        on_idle: called, from any thread, when a transfer may have become releasable.
+    """
+
+    def __init__(self, on_idle: Callable[[], None]) -> None:
+        self._on_idle = on_idle
+        self._opened = threading.Condition()
+        self._by_id: dict[str, SendTransfer] = {}
+        self._by_request: dict[str, SendTransfer] = {}
+
+    def held(self) -> list[str]:
+        """Names of the transfers still held, for error messages."""
+        with self._opened:
+            return [f"send {t.transfer_id} of request {t.request_id}" for t in self._by_id.values()]
+
+    # Called by the engine's stepping thread.
+
+    def open(self, transfer: SendTransfer) -> None:
+        """Register a transfer, before its first block is computed.
+
+        Raises:
+            ValueError: the transfer id is in use.
+        """
+        with self._opened:
+            if transfer.transfer_id in self._by_id:
+                raise ValueError(f"transfer {transfer.transfer_id} exists already")
+            self._by_id[transfer.transfer_id] = transfer
+            self._by_request[transfer.request_id] = transfer
+            self._opened.notify_all()
+
+    def of_request(self, request_id: str) -> SendTransfer | None:
+        """The transfer of a request, if it sends."""
+        return self._by_request.get(request_id)
+
+    def advance(self, transfer: SendTransfer, layer: int, ready: int) -> None:
+        """Blocks before `ready` are final in `layer`: wake the sender."""
+        with transfer.changed:
+            transfer.ready[layer] = max(transfer.ready[layer], ready)
+            if not transfer.computed_at and transfer.computed:
+                transfer.computed_at = time.monotonic()
+            transfer.changed.notify_all()
+
+    def close(self, request_id: str, reason: str) -> None:
+        """Send nothing more for a request (cancel, preemption)."""
+        transfer = self._by_request.get(request_id)
+        if transfer is not None:
+            self._close(transfer, reason)
+
+    def end(self, request_id: str) -> None:
+        """vLLM has finished the request; a transfer whose prompt was not computed is closed."""
+        transfer = self._by_request.get(request_id)
+        if transfer is None:
+            return
+        transfer.ended = True
+        if not transfer.computed:
+            self._close(transfer, "the request ended before its prompt was computed")
+
+    def take_releasable(self, now: float) -> set[str]:
+        """Forget transfers that are over; return the requests whose blocks vLLM may free now."""
+        released = set()
+        with self._opened:
+            for transfer in list(self._by_id.values()):
+                if not transfer.closed and not transfer.streaming and now > transfer.expires:
+                    transfer.closed = "nobody fetched it within its lease"
+                if transfer.closed and transfer.ended and not transfer.streaming:
+                    del self._by_id[transfer.transfer_id]
+                    del self._by_request[transfer.request_id]
+                    released.add(transfer.request_id)
+        return released
+
+    # Called by stream threads.
+
+    def claim(self, transfer_id: str, deadline: float, alive: Callable[[], bool]) -> SendTransfer | None:
+        """Wait for a transfer to be opened and take it for one stream.
+
+        Args:
+            transfer_id: the transfer wanted.
+            deadline: monotonic time to give up at.
+            alive: says whether the caller still wants it.
+
+        Returns:
+            The transfer, or None when it did not appear, is taken, or is closed.
+        """
+        with self._opened:
+            while (transfer := self._by_id.get(transfer_id)) is None:
+                left = deadline - time.monotonic()
+                if left <= 0 or not alive():
+                    return None
+                self._opened.wait(min(left, 1.0))
+            if transfer.streaming or transfer.closed:
+                return None
+            transfer.streaming = True
+            return transfer
+
+    def wake_claims(self) -> None:
+        """Let waiting `claim` calls look at `alive` again."""
+        with self._opened:
+            self._opened.notify_all()
+
+    def release(self, transfer: SendTransfer, reason: str) -> None:
+        """The stream of a claimed transfer is over, whatever its outcome."""
+        transfer.streaming = False
+        self._close(transfer, reason)
+
+    def _close(self, transfer: SendTransfer, reason: str) -> None:
+        with transfer.changed:
+            transfer.closed = transfer.closed or reason
+            transfer.changed.notify_all()
+        self._on_idle()

@@ -1,0 +1,1 @@
+"""How KV frames cross from one worker to another."""

@@ -1,0 +1,61 @@
+"""Builds vLLM's configuration for a worker or a gateway from joinwise's."""
+
+import platform
+from typing import Any
+
+import torch
+from vllm.config import KVTransferConfig, VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.usage.usage_lib import UsageContext
+
+from joinwise.actors.vllm import connector
+from joinwise.cluster.errors import ConfigError
+
+REPLAY = "joinwise.actors.vllm.replay:ReplayLogitsProcessor"
+
+
+def worker_config(model_path: str, engine: dict[str, Any]) -> VllmConfig:
+    """Configuration of an engine that can send and receive KV, and replay.
+
+    Args:
+        model_path: local folder of the model.
+        engine: vLLM engine arguments by name, from the pool's configuration.
+
+    Raises:
+        ConfigError: an argument that vLLM does not know, or a value that it refuses.
+    """
+    ours: dict[str, Any] = {
+        "kv_transfer_config": KVTransferConfig(
+            kv_connector=connector.NAME,
+            kv_connector_module_path=connector.MODULE,
+            kv_role="kv_both",
+            kv_load_failure_policy="recompute",
+        ),
+        "logits_processors": [REPLAY],
+    }
+    defaults: dict[str, Any] = {
+        # A step must be over before the next is scheduled: tokens to replay and released requests
+        # enter between two steps.
+        "async_scheduling": False,
+        "enable_prefix_caching": True,
+    }
+    return _config(model_path, {**defaults, **engine, **ours})
+
+
+def gateway_config(model_path: str, engine: dict[str, Any]) -> VllmConfig:
+    """Configuration of a front end: the same model and limits, no engine behind it here."""
+    return _config(model_path, {**engine, "async_scheduling": False})
+
+
+def _config(model_path: str, arguments: dict[str, Any]) -> VllmConfig:
+    try:
+        return AsyncEngineArgs(model=model_path, **arguments).create_engine_config(UsageContext.ENGINE_CONTEXT)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"vLLM refuses the engine arguments: {error}") from error
+
+
+def interior_of(config: VllmConfig) -> str:
+    """Who lays out the inside of a KV block: blocks are exchanged whole between equal interiors only."""
+    if torch.cuda.is_available():
+        return f"cuda-{config.attention_config.backend}"
+    return f"cpu-{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}"

@@ -1,0 +1,64 @@
+"""What the scheduler half of the connector tells the worker half, once per engine step."""
+
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+
+
+@dataclass(frozen=True, slots=True)
+class SendStep:
+    """Progress of one sending request in this step.
+
+    Attributes:
+        request_id: vLLM's request.
+        block_ids: all its blocks so far, in prompt order.
+        ready_before: tokens whose KV is final before this step.
+        ready_after: tokens whose KV is final after it.
+    """
+
+    request_id: str
+    block_ids: tuple[int, ...]
+    ready_before: int
+    ready_after: int
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSend:
+    """A request that begins to send. Ids as in `Handoff`; `num_tokens` is the prompt's length."""
+
+    request_id: str
+    transfer_id: str
+    epoch: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class OpenReceive:
+    """A request whose blocks are allocated and whose KV is to be fetched."""
+
+    request_id: str
+    transfer_id: str
+    epoch: int
+    peer: str
+    first_block: int
+    block_ids: tuple[int, ...]
+    num_tokens: int
+    timeout_s: float
+
+
+@dataclass
+class StepMetadata(KVConnectorMetadata):
+    """Everything the worker half must do in one step."""
+
+    open_sends: list[OpenSend] = field(default_factory=list)
+    sends: list[SendStep] = field(default_factory=list)
+    receives: list[OpenReceive] = field(default_factory=list)
+    released: set[str] = field(default_factory=set)
+    """Receiving requests that may go on as soon as their KV is there."""
+    stop_receives: set[str] = field(default_factory=set)
+    """Receiving requests that were aborted: fence, then report once."""
+    fail_receives: set[str] = field(default_factory=set)
+    """Receiving requests whose sender failed: stop the fetch, recompute."""
+    close_sends: dict[str, str] = field(default_factory=dict)
+    """Sending requests to stop, with the reason."""
+    preempted: set[str] = field(default_factory=set)

@@ -1,0 +1,199 @@
+"""Steps one vLLM `EngineCore` on a thread of its own, for any number of gateways.
+
+The loop owns the engine: nobody else touches it. Work comes in through a queue and is done between
+two steps; outputs go out per gateway (vLLM's `client_index`). A request that cannot be added ends
+with an ERROR output and harms nobody. If a step raises, the engine is dead: `on_dead` is called
+once, and nothing more comes out.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.executor import Executor
+from vllm.v1.metrics.loggers import StatLoggerManager
+from vllm.v1.metrics.stats import SchedulerStats
+
+from joinwise.actors.vllm import connector
+from joinwise.actors.vllm.handoff import Handoff, set_replay
+
+logger = logging.getLogger(__name__)
+
+_IDLE_WAIT_S = 0.005
+UTILITIES = ("add_lora", "remove_lora", "pin_lora", "list_loras", "reset_prefix_cache")
+
+
+class EngineLoop:
+    """One engine and its thread.
+
+    Args:
+        config: vLLM's configuration, from `build.worker_config`.
+        on_outputs: called on the stepping thread with (gateway slot, outputs of one step).
+        on_dead: called on the stepping thread with the exception that ended the engine.
+    """
+
+    def __init__(
+        self,
+        config: VllmConfig,
+        *,
+        on_outputs: Callable[[int, EngineCoreOutputs], None],
+        on_dead: Callable[[BaseException], None],
+    ) -> None:
+        self._on_outputs = on_outputs
+        self._on_dead = on_dead
+        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._wake = threading.Event()
+        self._stopping = False
+        self._threads = torch.get_num_threads()
+        self._owners: dict[int, set[str]] = defaultdict(set)
+        self.last_step_at = time.monotonic()
+        self.decode_step_s = 0.0
+        self.stats: SchedulerStats | None = None
+        connector.host.wake = self._wake.set
+        self.core = EngineCore(config, Executor.get_class(config), log_stats=True)
+        self._metrics = StatLoggerManager(config, engine_idxs=[0], custom_stat_loggers=None)
+        self._metrics.log_engine_initialized()
+        self._thread = threading.Thread(target=self._run, name="engine-step", daemon=True)
+
+    def start(self) -> None:
+        """Begin to step."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End all requests, the transfers and the engine."""
+        self._stopping = True
+        self._wake.set()
+        self._thread.join(timeout=30)
+        self.core.shutdown()
+
+    # Called from any thread.
+
+    def add(self, slot: int, request: EngineCoreRequest) -> None:
+        """Add a request of the gateway in `slot`."""
+        self._submit(lambda: self._add(slot, request))
+
+    def abort(self, slot: int, request_ids: Sequence[str]) -> None:
+        """Abort requests, and what finished ones still hold for a receiver; unknown ones are ignored."""
+        self._submit(lambda: self._abort(slot, list(request_ids)))
+
+    def continue_(self, request_id: str, epoch: int, replay: list[int], recompute: bool) -> None:
+        """Release a decode part, with the tokens it must repeat."""
+        self._submit(lambda: self._continue(request_id, epoch, replay, recompute))
+
+    def drop(self, slot: int) -> None:
+        """A gateway has gone: abort everything of it."""
+        self._submit(lambda: self._abort(slot, list(self._owners.pop(slot, ()))))
+
+    def utility(self, method: str, arguments: Sequence[Any]) -> "Future[Any]":
+        """Call one of `UTILITIES` between two steps."""
+        return self.between_steps(lambda: getattr(self.core, method)(*arguments))
+
+    def between_steps(self, call: Callable[[], Any]) -> "Future[Any]":
+        """Run a call on the stepping thread, between two steps."""
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._submit(run)
+        return future
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine still steps."""
+        return self._thread.is_alive()
+
+    def _submit(self, call: Callable[[], None]) -> None:
+        self._work.put(call)
+        self._wake.set()
+
+    # On the stepping thread.
+
+    def _run(self) -> None:
+        torch.set_num_threads(self._threads)  # OpenMP keeps this per thread
+        try:
+            while not self._stopping:
+                self._wake.clear()
+                self._do_work()
+                if not self.core.scheduler.has_requests():
+                    self._wake.wait()
+                elif not self._step():
+                    self._wake.wait(_IDLE_WAIT_S)
+        except BaseException as error:
+            logger.exception("the engine has died")
+            self._on_dead(error)
+
+    def _do_work(self) -> None:
+        while True:
+            try:
+                call = self._work.get_nowait()
+            except queue.Empty:
+                return
+            call()
+
+    def _step(self) -> bool:
+        begin = time.monotonic()
+        outputs, executed = self.core.step_fn()
+        self.core.post_step(executed)
+        self.last_step_at = time.monotonic()
+        for slot, output in (outputs or {}).items():
+            if output.scheduler_stats is not None:
+                self._record(output.scheduler_stats)
+                output.scheduler_stats = None
+            for each in output.outputs:
+                if each.finish_reason is not None:
+                    self._owners[slot].discard(each.request_id)
+            if output.outputs:
+                if all(len(each.new_token_ids) and each.prefill_stats is None for each in output.outputs):
+                    self.decode_step_s += 0.1 * (self.last_step_at - begin - self.decode_step_s)
+                self._on_outputs(slot, output)
+        return executed
+
+    def _record(self, stats: SchedulerStats) -> None:
+        self.stats = stats
+        self._metrics.record(scheduler_stats=stats, iteration_stats=None, engine_idx=0)
+
+    def _add(self, slot: int, request: EngineCoreRequest) -> None:
+        request_id = request.request_id
+        try:
+            if request_id in self.core.scheduler.requests:
+                raise ValueError(f"request id {request_id} is in use")
+            request.client_index = slot
+            self.core.add_request(*self.core.preprocess_add_request(request))
+            self._owners[slot].add(request_id)
+        except Exception:
+            logger.exception("request %s could not be added", request_id)
+            self._on_outputs(
+                slot, EngineCoreOutputs(outputs=[EngineCoreOutput(request_id, [], finish_reason=FinishReason.ERROR)])
+            )
+
+    def _abort(self, slot: int, request_ids: list[str]) -> None:
+        self.core.abort_requests(request_ids)
+        for request_id in request_ids:
+            if connector.host.scheduler is not None:
+                connector.host.scheduler.cancel_send(request_id)
+            if slot in self._owners:
+                self._owners[slot].discard(request_id)
+
+    def _continue(self, request_id: str, epoch: int, replay: list[int], recompute: bool) -> None:
+        request = self.core.scheduler.requests.get(request_id)
+        if request is None or request.is_finished() or connector.host.scheduler is None:
+            return
+        handoff = Handoff.from_params(request.kv_transfer_params)
+        if handoff is None or handoff.epoch != epoch:
+            return
+        if replay:
+            set_replay(request.sampling_params, replay)
+        connector.host.scheduler.release(request_id, recompute=recompute)
