@@ -1,0 +1,77 @@
+"""What one stream has received so far; the part that both clients share.
+
+Owns the sequence check, the events for the final result, and the ledger. A stream is complete when its `usage` event
+has come; one that ends earlier without an error is broken.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from joinwise.cluster.client.failures import SequenceGapError
+from joinwise.cluster.client.types import Event, Generation, Started, Usage
+from joinwise.cluster.client.wire import Collector, read_event
+from joinwise.proto import inference_pb2 as pb
+
+LEDGER_TRAILER = "joinwise-ledger-bin"
+
+
+class Progress:
+    """The state of one stream.
+
+    Args:
+        request_id: the id that the caller chose; None until the gateway tells its own.
+    """
+
+    def __init__(self, request_id: str | None) -> None:
+        self.request_id = request_id
+        self.ledger: Mapping[str, Any] | None = None
+        self._collector = Collector()
+        self._next = 0
+        self._complete = False
+
+    def take(self, response: pb.GenerateResponse) -> Event | None:
+        """The event of the next response; None for a kind that is not known here.
+
+        Raises:
+            SequenceGapError: events are missing, repeated or out of order.
+        """
+        if response.sequence != self._next:
+            message = f"event {response.sequence} came where event {self._next} was due"
+            raise SequenceGapError(message, request_id=self.request_id)
+        self._next += 1
+        event = read_event(response)
+        if event is None:
+            return None
+        if isinstance(event, Started):
+            self.request_id = event.request_id
+        elif isinstance(event, Usage):
+            self._complete = True
+        self._collector.add(event)
+        return event
+
+    def take_trailer(self, trailer: Mapping[str, Any]) -> None:
+        """Keep the ledger, if the trailing metadata has one that can be read."""
+        raw = trailer.get(LEDGER_TRAILER)
+        if isinstance(raw, bytes):
+            try:
+                ledger = json.loads(raw)
+            except ValueError:
+                return
+            self.ledger = ledger if isinstance(ledger, dict) else None
+
+    def check_complete(self) -> None:
+        """To be called at the end of the stream.
+
+        Raises:
+            SequenceGapError: the last event has not come.
+        """
+        if not self._complete:
+            message = f"the stream ended after {self._next} events, before its last one"
+            raise SequenceGapError(message, request_id=self.request_id)
+
+    def result(self) -> Generation:
+        """Everything received, joined."""
+        return self._collector.result(self.ledger)
