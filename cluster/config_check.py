@@ -1,0 +1,79 @@
+"""Looks at how the parts of a configuration fit together. Pure: no file, socket or variable is touched."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from joinwise.cluster.config_model import JoinwiseConfig, PoolConfig
+
+
+def problems(config: JoinwiseConfig) -> list[str]:
+    """Every way in which `config` cannot work, one sentence each; empty when it can."""
+    return [*_models(config), *_pools(config), *_gateway(config), *_router(config)]
+
+
+def _models(config: JoinwiseConfig) -> Iterator[str]:
+    yield from _repeated("models", "name", [model.name for model in config.models])
+    public = [model.public_name for model in config.models]
+    public += [adapter.name for model in config.models for adapter in model.adapters]
+    yield from _repeated("models", "served name", public)
+    for model in config.models:
+        pools = [pool for pool in config.pools if pool.model == model.name]
+        roles = {pool.role for pool in pools if pool.replicas > 0}
+        if not roles:
+            yield f"model '{model.name}' has no pool with a replica; add a mixed pool, or a prefill and a decode pool"
+        elif roles < {"prefill", "decode"}:
+            yield f"model '{model.name}' has only {roles.pop()} pools; add the other role, or make one mixed"
+
+
+def _pools(config: JoinwiseConfig) -> Iterator[str]:
+    yield from _repeated("pools", "name", [pool.name for pool in config.pools])
+    known = [model.name for model in config.models]
+    for index, pool in enumerate(config.pools):
+        if pool.model not in known:
+            yield f"pools[{index}] '{pool.name}' names the unknown model '{pool.model}'; known: {', '.join(known)}"
+        if pool.device == "cpu" and pool.resources.num_gpus > 0:
+            yield f"pools[{index}] '{pool.name}' runs on the CPU but reserves {pool.resources.num_gpus:g} GPUs"
+        yield from _cores(index, pool)
+
+
+def _cores(index: int, pool: PoolConfig) -> Iterator[str]:
+    if pool.cores is None:
+        return
+    if len(set(pool.cores)) != len(pool.cores) or any(core < 0 for core in pool.cores):
+        yield f"pools[{index}].cores must be different numbers from 0 on, not {pool.cores}"
+    elif len(pool.cores) < pool.replicas:
+        yield f"pools[{index}] '{pool.name}' has {pool.replicas} replicas but only {len(pool.cores)} cores to pin"
+
+
+def _gateway(config: JoinwiseConfig) -> Iterator[str]:
+    gateway = config.gateway
+    ports = {"gateway.http_port": gateway.http_port, "gateway.grpc_port": gateway.grpc_port}
+    if config.redis.url == "embedded":
+        ports["redis.port"] = config.redis.port
+    for port, uses in Counter(port for port in ports.values() if port).items():
+        if uses > 1:
+            names = " and ".join(name for name, value in ports.items() if value == port)
+            yield f"{names} are both {port}; give each its own port"
+    if gateway.enable_auto_tools and not gateway.tool_parser:
+        yield "gateway.enable_auto_tools needs gateway.tool_parser"
+    if any(not key.strip() for key in gateway.api_keys):
+        yield "gateway.api_keys holds an empty key; remove it"
+
+
+def _router(config: JoinwiseConfig) -> Iterator[str]:
+    router = config.router
+    if router.worker_ttl_s < 2 * router.heartbeat_s:
+        yield (
+            f"router.worker_ttl_s ({router.worker_ttl_s:g}) must be at least twice router.heartbeat_s "
+            f"({router.heartbeat_s:g}), or one late heartbeat loses a worker"
+        )
+    if router.lease_s < 2 * router.heartbeat_s:
+        yield f"router.lease_s ({router.lease_s:g}) must be at least twice router.heartbeat_s ({router.heartbeat_s:g})"
+
+
+def _repeated(section: str, what: str, names: list[str]) -> Iterator[str]:
+    for name, uses in Counter(names).items():
+        if uses > 1:
+            yield f"{section}: the {what} '{name}' is used {uses} times; make each unique"

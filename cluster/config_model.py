@@ -1,0 +1,282 @@
+"""The configuration tree: what `joinwise.yaml` may say, with units, defaults and limits.
+
+Only shapes live here. `config.py` reads files and the environment, `config_check.py` looks at how the parts fit.
+A unit ends every name that has one: `_s` seconds, `_bytes` bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+
+Role = Literal["prefill", "decode", "mixed"]
+Device = Literal["auto", "cpu", "gpu"]
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Seconds = Annotated[float, Field(gt=0, le=86400)]
+Bytes = Annotated[int, Field(gt=0, le=1 << 40)]
+
+#: vLLM engine arguments that joinwise sets itself, with what to write instead.
+RESERVED_ENGINE_ARGUMENTS = {
+    "model": "set models[].model",
+    "revision": "set models[].revision",
+    "tokenizer": "set models[].tokenizer",
+    "served_model_name": "set models[].served_name",
+    "kv_transfer_config": "set kv",
+    "logits_processors": "they carry the replay of tokens",
+}
+
+
+class Section(BaseModel):
+    """Any part of the tree: unknown keys are refused, values are checked on assignment too."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
+
+
+class AdapterConfig(Section):
+    """A LoRA adapter, loaded by every worker of its model before it takes requests."""
+
+    name: str = Field(min_length=1)
+    """The name clients ask for."""
+    path: str = Field(min_length=1)
+    """Folder, hub id or object-store URI."""
+
+
+class ModelConfig(Section):
+    """One model that the cluster serves."""
+
+    name: str = Field(min_length=1, max_length=256)
+    """The name pools refer to."""
+    model: str = Field(min_length=1)
+    """A built-in name (smollm2-135m-instruct), a folder, a hub id or an object-store URI."""
+    revision: str | None = None
+    """Hub revision; None takes the hub's default branch."""
+    served_name: str = ""
+    """The name clients ask for; empty means `name`."""
+    tokenizer: str | None = None
+    """Another tokenizer than the model's own."""
+    dtype: Dtype = "bfloat16"
+    """Element type of weights and KV cache; float32 for output that equals any single engine, token for token."""
+    max_model_len: int | None = Field(default=None, ge=16)
+    """Tokens of prompt and answer together; None takes the model's own limit."""
+    adapters: list[AdapterConfig] = []
+    """LoRA adapters known from the start."""
+
+    @property
+    def public_name(self) -> str:
+        """The name clients ask for."""
+        return self.served_name or self.name
+
+
+class RedisConfig(Section):
+    """Where decisions are made and remembered."""
+
+    url: str = Field(default="embedded", pattern=r"^(embedded|(redis|rediss|unix)://.+)$")
+    """`embedded` starts a server with the cluster; else redis://, rediss:// (TLS) or unix://."""
+    port: Port = 0
+    """Port of the embedded server on loopback; 0 picks a free one."""
+    data_dir: str | None = None
+    """Folder where the embedded server keeps its data over restarts; None keeps it in memory."""
+    connect_timeout_s: Seconds = 2.0
+    """Seconds until a connection attempt is given up."""
+    timeout_s: Seconds = 2.0
+    """Seconds until an unanswered command is given up."""
+    retries: int = Field(default=1, ge=0, le=20)
+    """Further attempts after a failed one. Every script can be repeated safely."""
+    max_connections: int = Field(default=64, ge=1, le=10_000)
+    """Connections one process may hold."""
+
+
+class Resources(Section):
+    """What Ray reserves for one replica."""
+
+    num_cpus: float = Field(default=1.0, ge=0)
+    """Logical CPUs."""
+    num_gpus: float = Field(default=0.0, ge=0)
+    """GPUs; a pool with `device: gpu` needs some."""
+    custom: dict[str, float] = {}
+    """Custom Ray resources by name."""
+
+
+class PoolConfig(Section):
+    """Workers that are alike: one model, one role, one set of engine arguments."""
+
+    name: Name
+    """Unique name."""
+    model: str
+    """`name` of a model above."""
+    role: Role
+    """What its workers start as: prefill, decode, or mixed for both."""
+    replicas: int = Field(default=1, ge=0, le=10_000)
+    """Workers to keep running."""
+    device: Device = "auto"
+    """`auto` takes the GPU where there is one."""
+    resources: Resources = Field(default_factory=Resources)
+    threads: int | None = Field(default=None, ge=1, le=1024)
+    """Compute threads of a CPU worker; None takes num_cpus, at least 1."""
+    cores: list[int] | None = None
+    """CPU cores shared out among the replicas in turn; None lets the launcher choose."""
+    engine: dict[str, Any] = {}
+    """vLLM engine arguments by name, checked by vLLM when the worker starts."""
+
+    @field_validator("engine")
+    @classmethod
+    def _refuse_reserved(cls, engine: dict[str, Any]) -> dict[str, Any]:
+        for name in engine:
+            if hint := RESERVED_ENGINE_ARGUMENTS.get(name.replace("-", "_")):
+                raise ValueError(f"engine argument '{name}' belongs to joinwise: {hint}")
+        return {name.replace("-", "_"): value for name, value in engine.items()}
+
+    @property
+    def compute_threads(self) -> int:
+        """Threads of one CPU worker."""
+        return self.threads or max(1, int(self.resources.num_cpus))
+
+
+class KvConfig(Section):
+    """How KV caches cross between workers."""
+
+    transport: Literal["auto", "grpc"] = "auto"
+    """`auto` picks the best that both ends have."""
+    frame_bytes: Bytes = 1 << 20
+    """Upper bound of one frame's payload."""
+    landing_bytes: Bytes = 256 << 20
+    """Landing buffer of one worker; a full one holds up senders."""
+    lease_s: Seconds = 60.0
+    """Seconds for which a prefill worker keeps blocks that nobody fetches."""
+    transfer_timeout_s: Seconds = 30.0
+    """Seconds without progress after which a transfer has failed and the prompt is recomputed."""
+    checksum: bool = True
+    """Check each frame (xxh3-64). Turn it off only to measure what it costs."""
+
+
+class RouterConfig(Section):
+    """How requests are shared out."""
+
+    lease_s: Seconds = 30.0
+    """Seconds for which a reservation lives without being renewed."""
+    heartbeat_s: Seconds = 1.0
+    """Seconds between two heartbeats of a worker."""
+    worker_ttl_s: Seconds = 5.0
+    """Seconds without a heartbeat after which a worker gets no more requests."""
+    max_pending_tokens: int = Field(default=65_536, ge=1)
+    """Pending tokens per worker beyond which requests are refused; an idle worker takes any request."""
+    max_queue: int = Field(default=256, ge=0)
+    """Requests that may wait in one gateway for a worker to have room."""
+    queue_timeout_s: float = Field(default=0.0, ge=0, le=3600)
+    """Seconds a request may wait for room before it gets 429; 0 refuses at once."""
+
+
+class TlsConfig(Section):
+    """TLS of the gateway's two listeners."""
+
+    cert: str
+    """PEM file of the certificate chain."""
+    key: str
+    """PEM file of the private key."""
+    ca: str | None = None
+    """PEM file of the authority that client certificates must come from; None asks for none."""
+
+
+class GatewayConfig(Section):
+    """The front door."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; anything but loopback is a choice of the operator."""
+    http_port: Port = 8000
+    """Port of the OpenAI and Anthropic interfaces; 0 picks a free one."""
+    grpc_port: Port = 8001
+    """Port of the gRPC interface; 0 picks a free one."""
+    replicas: int = Field(default=1, ge=1, le=1000)
+    """Gateways; more than one needs Serve."""
+    max_body_bytes: Bytes = 8 << 20
+    """Largest accepted request body; larger ones get 413."""
+    default_max_tokens: int | None = Field(default=None, ge=1)
+    """max_tokens of requests without one; None leaves it to vLLM (the rest of the context)."""
+    api_keys: list[str] = []
+    """Accepted bearer tokens; empty accepts everyone."""
+    tls: TlsConfig | None = None
+    chat_template: str | None = None
+    """File or text of a chat template that replaces the model's own."""
+    enable_auto_tools: bool = False
+    """Let the model choose tools (vLLM's --enable-auto-tool-choice); needs `tool_parser`."""
+    tool_parser: str | None = None
+    """vLLM's --tool-call-parser."""
+    reasoning_parser: str | None = None
+    """vLLM's --reasoning-parser."""
+    vllm_args: dict[str, Any] = {}
+    """Further arguments of vLLM's front end by name."""
+    drain_s: Seconds = 30.0
+    """Seconds for which a stopping gateway lets running requests finish."""
+
+
+class RayConfig(Section):
+    """The Ray cluster to run in."""
+
+    address: str = "local"
+    """`local` starts one on this machine, `auto` joins the running one, else host:port or ray://…"""
+    namespace: str | None = None
+    """Ray namespace of the actors; None means `joinwise-<cluster>`."""
+    start_timeout_s: Seconds = 600.0
+    """Seconds until all workers must be ready."""
+
+
+class LogConfig(Section):
+    """What is written down."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["text", "json"] = "text"
+    prompts: bool = False
+    """Write prompts and answers into the log. Off: they belong to the users."""
+
+
+class JoinwiseConfig(Section):
+    """The whole of joinwise.yaml."""
+
+    cluster: Name = "joinwise"
+    """Name of the cluster: part of every Redis key, so that clusters can share a Redis."""
+    models: list[ModelConfig] = Field(min_length=1)
+    pools: list[PoolConfig] = Field(min_length=1)
+    redis: RedisConfig = Field(default_factory=RedisConfig)
+    kv: KvConfig = Field(default_factory=KvConfig)
+    router: RouterConfig = Field(default_factory=RouterConfig)
+    gateway: GatewayConfig = Field(default_factory=GatewayConfig)
+    ray: RayConfig = Field(default_factory=RayConfig)
+    log: LogConfig = Field(default_factory=LogConfig)
+
+    _sources: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_redis(cls, data: Any) -> Any:
+        """`redis: embedded` and `redis: redis://host` stand for `redis: {url: …}`."""
+        if isinstance(data, dict) and isinstance(data.get("redis"), str):
+            return {**data, "redis": {"url": data["redis"]}}
+        return data
+
+    def model_named(self, name: str) -> ModelConfig:
+        """The model that a pool refers to. Raises KeyError for an unknown name (`check` has refused those)."""
+        for model in self.models:
+            if model.name == name:
+                return model
+        raise KeyError(name)
+
+    def engine_arguments(self, pool: PoolConfig) -> dict[str, Any]:
+        """vLLM engine arguments of a pool's workers: the model's, then the pool's own, which win."""
+        model = self.model_named(pool.model)
+        ours: dict[str, Any] = {"dtype": model.dtype}
+        if model.max_model_len is not None:
+            ours["max_model_len"] = model.max_model_len
+        if model.adapters:
+            ours |= {"enable_lora": True, "max_loras": len(model.adapters)}
+        return ours | pool.engine
+
+    def source_of(self, path: str) -> str:
+        """Origin of the value at `path` ("pools[0].replicas"): a file and line, a variable, or "default"."""
+        return self._sources.get(path, "default")
+
+    def remember_sources(self, sources: dict[str, str]) -> None:
+        """Called once by the loader."""
+        self._sources = dict(sources)
