@@ -1,0 +1,70 @@
+# Everything a person does with this repository. `make` alone lists it.
+SHELL := bash
+PYTHON_ENV := .venv/bin/python
+PATHS := cluster actors kernels scripts tests
+# Extra arguments of pytest: make test ARGS="-k router -x"
+ARGS ?=
+.DEFAULT_GOAL := help
+.PHONY: help env demo test test-unit check check-format check-lint check-types check-imports check-proto check-size \
+        format proto proto-accept-breaking golden lock wheel clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-24s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: ## make or renew the environment in .venv (CPU, or GPU where there is one)
+	@bash scripts/setup_env.sh
+
+demo: env ## start a cluster on this machine, ask the small model, stop everything
+	@.venv/bin/joinwise demo
+
+test: env ## run all tests
+	HF_HUB_OFFLINE=1 $(PYTHON_ENV) -m pytest $(ARGS)
+
+test-unit: env ## run the tests that start no engine and no cluster
+	HF_HUB_OFFLINE=1 $(PYTHON_ENV) -m pytest tests/unit -m "not engine and not cluster and not slow" $(ARGS)
+
+check: env check-format check-lint check-types check-imports check-proto check-size ## format, lint, types, import rules, protocols
+	@echo "check: all good"
+
+check-format:
+	$(PYTHON_ENV) -m ruff format --check $(PATHS)
+
+check-lint:
+	$(PYTHON_ENV) -m ruff check $(PATHS)
+
+check-types:
+	$(PYTHON_ENV) -m mypy
+
+check-imports:
+	.venv/bin/lint-imports --no-cache
+
+check-proto:
+	.venv/bin/buf lint
+	$(PYTHON_ENV) scripts/gen_proto.py --check
+
+check-size: # a warning only: a long file is a sign that two things live in one room
+	@find cluster actors kernels scripts tests \( -name '*.py' -o -name '*.lua' \) -exec wc -l {} + \
+	  | awk '$$2 != "total" && $$1 > 400 {print "warning: " $$2 " has " $$1 " lines"}'
+
+format: env ## format the code and mend what the linter can
+	$(PYTHON_ENV) -m ruff check --fix $(PATHS)
+	$(PYTHON_ENV) -m ruff format $(PATHS)
+
+proto: env ## generate the stubs of proto/*.proto and renew the contract's image
+	$(PYTHON_ENV) scripts/gen_proto.py
+
+proto-accept-breaking: env ## the same, although the change breaks the accepted contract
+	$(PYTHON_ENV) scripts/gen_proto.py --accept-breaking
+
+golden: env ## write the golden files again; read the diff
+	HF_HUB_OFFLINE=1 $(PYTHON_ENV) -m pytest tests --golden $(ARGS)
+
+lock: env ## resolve the dependencies again and write requirements/*.lock
+	$(PYTHON_ENV) scripts/lock.py
+
+wheel: env ## build the wheel into dist/
+	$(PYTHON_ENV) -m build --wheel --no-isolation
+
+clean: ## remove what was built, and the environment
+	rm -rf .venv .venv.lock build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find cluster actors kernels proto scripts tests -name __pycache__ -prune -exec rm -rf {} +
