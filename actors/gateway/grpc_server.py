@@ -1,0 +1,164 @@
+"""The gateway's gRPC listener: `InferenceService`, health and reflection on one port.
+
+Owns the server between `serve_grpc` and `GrpcServer.stop`. Health says NOT_SERVING as soon as a stop begins, so that
+load balancers turn away before the last requests are done.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from joinwise.cluster.errors import ConfigError, UnauthorizedError
+from joinwise.proto import inference_pb2, inference_pb2_grpc
+
+SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
+_OPEN_TO_ALL = f"/{health_pb2.DESCRIPTOR.services_by_name['Health'].full_name}/"
+
+
+@dataclass(frozen=True)
+class GrpcOptions:
+    """How the listener behaves."""
+
+    host: str = "127.0.0.1"
+    port: int = 8001
+    """0 lets the system choose; `GrpcServer.port` tells which."""
+    max_body_bytes: int = 8 << 20
+    """Largest request accepted; a larger one is refused with RESOURCE_EXHAUSTED before it is read."""
+    max_concurrent: int | None = None
+    """Most calls at a time; None for no limit."""
+    keepalive_s: float = 60.0
+    """Idle connections are probed this often; clients may not probe more often than every 10 s."""
+    tls_certificate: Path | str | None = None
+    tls_key: Path | str | None = None
+    tls_client_ca: Path | str | None = None
+    """With it, clients must show a certificate that this authority signed."""
+    tokens: Sequence[str] = field(default=(), repr=False)
+    """API keys; with any, every call but health needs `authorization: Bearer <key>`."""
+
+
+class GrpcServer:
+    """A running listener; made by `serve_grpc`."""
+
+    def __init__(self, server: grpc.aio.Server, health_servicer: health.aio.HealthServicer, port: int) -> None:
+        self._server = server
+        self._health = health_servicer
+        self.port = port
+
+    async def set_serving(self, serving: bool) -> None:
+        """Tell health checks whether this gateway takes requests."""
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", SERVICE):
+            await self._health.set(name, status)
+
+    async def stop(self, grace_s: float = 10.0) -> None:
+        """Take no new call, let running ones end for up to `grace_s` seconds, then cancel them."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
+
+    async def wait(self) -> None:
+        """Return when the server has stopped."""
+        await self._server.wait_for_termination()
+
+
+async def serve_grpc(
+    service: inference_pb2_grpc.InferenceServiceServicer, options: GrpcOptions | None = None
+) -> GrpcServer:
+    """Start the listener in the running event loop.
+
+    Raises:
+        ConfigError: the port is taken, or the TLS files cannot be read.
+    """
+    options = options or GrpcOptions()
+    interceptors = (_BearerAuth(options.tokens),) if options.tokens else ()
+    server = grpc.aio.server(
+        interceptors=interceptors,
+        maximum_concurrent_rpcs=options.max_concurrent,
+        options=[
+            ("grpc.max_receive_message_length", options.max_body_bytes),
+            ("grpc.keepalive_time_ms", int(options.keepalive_s * 1000)),
+            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.so_reuseport", 0),  # a second gateway on this port must fail, not share it
+        ],
+    )
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(service, server)
+    health_servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    address = f"{host}:{options.port}"
+    try:
+        credentials = _credentials(options)
+        if credentials is None:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, credentials)
+    except RuntimeError as e:
+        raise ConfigError(f"the gRPC listener cannot bind {address}: is another cluster running? ({e})") from None
+    except OSError as e:
+        raise ConfigError(f"the TLS files of the gRPC listener cannot be read: {e}") from None
+    await server.start()
+    running = GrpcServer(server, health_servicer, port)
+    await running.set_serving(True)
+    return running
+
+
+def _credentials(options: GrpcOptions) -> grpc.ServerCredentials | None:
+    if options.tls_certificate is None and options.tls_key is None:
+        return None
+    if options.tls_certificate is None or options.tls_key is None:
+        raise ConfigError("TLS needs both a certificate and a key")
+    authority = None if options.tls_client_ca is None else Path(options.tls_client_ca).read_bytes()
+    return grpc.ssl_server_credentials(
+        [(Path(options.tls_key).read_bytes(), Path(options.tls_certificate).read_bytes())],
+        root_certificates=authority,
+        require_client_auth=authority is not None,
+    )
+
+
+class _BearerAuth(grpc.aio.ServerInterceptor):
+    """Refuses calls without a known API key."""
+
+    def __init__(self, tokens: Sequence[str]) -> None:
+        self._expected = [f"Bearer {token}".encode() for token in tokens]
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        if handler_call_details.method.startswith(_OPEN_TO_ALL):
+            return await continuation(handler_call_details)
+        given = dict(handler_call_details.invocation_metadata or ()).get("authorization", "")
+        matches = [hmac.compare_digest(str(given).encode(), known) for known in self._expected]
+        handler = await continuation(handler_call_details)
+        return handler if any(matches) else _refuse(handler)
+
+
+def _refuse(handler: Any) -> Any:
+    """A handler of the same shape that answers UNAUTHENTICATED."""
+    if handler is None:
+        return None
+
+    async def refuse(request: object, context: grpc.aio.ServicerContext) -> None:
+        await context.abort(
+            grpc.StatusCode.UNAUTHENTICATED,
+            "no API key, or one that is not known: send `authorization: Bearer <key>`",
+            (("joinwise-error", UnauthorizedError.code),),
+        )
+
+    make = {
+        (False, False): grpc.unary_unary_rpc_method_handler,
+        (False, True): grpc.unary_stream_rpc_method_handler,
+        (True, False): grpc.stream_unary_rpc_method_handler,
+        (True, True): grpc.stream_stream_rpc_method_handler,
+    }[(bool(handler.request_streaming), bool(handler.response_streaming))]
+    return make(refuse)
