@@ -18,10 +18,10 @@ demo: env ## start a cluster on this machine, ask the small model, stop everythi
 	@.venv/bin/joinwise demo
 
 test: env ## run all tests
-	HF_HUB_OFFLINE=1 $(PYTHON_ENV) -m pytest $(ARGS)
+	HF_HUB_OFFLINE=1 .venv/bin/pytest $(ARGS)
 
 test-unit: env ## run the tests that start no engine and no cluster
-	HF_HUB_OFFLINE=1 $(PYTHON_ENV) -m pytest tests/unit -m "not engine and not cluster and not slow" $(ARGS)
+	HF_HUB_OFFLINE=1 .venv/bin/pytest tests/unit -m "not engine and not cluster and not slow" $(ARGS)
 
 check: env check-format check-lint check-types check-imports check-proto check-size ## format, lint, types, import rules, protocols
 	@echo "check: all good"
@@ -57,7 +57,7 @@ proto-accept-breaking: env ## the same, although the change breaks the accepted 
 	$(PYTHON_ENV) scripts/gen_proto.py --accept-breaking
 
 golden: env ## write the golden files again; read the diff
-	HF_HUB_OFFLINE=1 $(PYTHON_ENV) -m pytest tests --golden $(ARGS)
+	HF_HUB_OFFLINE=1 .venv/bin/pytest -m golden --golden $(ARGS)
 
 lock: env ## resolve the dependencies again and write requirements/*.lock
 	$(PYTHON_ENV) scripts/lock.py

@@ -82,9 +82,14 @@ if [ "$have_lock" != "$want_lock" ]; then
     rm -f "$stamp"
     say "installing $(grep -c '^[a-z]' "$lock") packages of $lock (some minutes the first time)"
     if [ "$kind" = cpu ]; then install_cpu_torch; fi
-    "$venv/bin/python" -m pip install --no-deps -r "$lock"
+    if [ -z "$have_lock" ]; then
+        "$venv/bin/python" -m pip install --no-deps -r "$lock"
+    else
+        "$venv/bin/python" -m pip install --no-deps -r "$lock" | sed -u '/^Requirement already satisfied/d'
+    fi
 fi
 say "installing joinwise itself"
-"$venv/bin/python" -m pip install --quiet --no-deps --no-build-isolation -e . 2>&1 | { grep -i error || true; }
+complaints=$("$venv/bin/python" -m pip install --quiet --no-deps --no-build-isolation -e . 2>&1) ||
+    fail "installing failed: $complaints"
 printf '%s\n%s\n' "$want_lock" "$want_project" >"$stamp"
 say "the $kind environment is ready in $venv"
