@@ -27,6 +27,7 @@ OTHERS = {
     "JOINWISE_HOME": "folder of running clusters' state (default ~/.joinwise)",
     "JOINWISE_CACHE": "folder of converted models (default: joinwise in the user's cache folder)",
     "JOINWISE_CONFIG": "configuration file of the command line when -f is not given",
+    "JOINWISE_DEBUG": "the command line shows tracebacks instead of one line",
     "JOINWISE_API_KEY": "bearer token that the client SDK sends",
     "JOINWISE_TARGET": "host:port that the client SDK and `joinwise chat` talk to",
     "JOINWISE_REDIS_PASSWORD": "password of the Redis server, instead of one inside its URL",

@@ -1,0 +1,46 @@
+"""`joinwise`: the command line. Starts in a blink: whatever is heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from joinwise.cluster.cli import config_command, doctor_command, status_command, talk
+from joinwise.cluster.cli.shell import Shell
+
+app = typer.Typer(
+    name="joinwise",
+    cls=Shell,
+    help="A serving cluster for large language models: prefill on one pool, decode on another.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command()(status_command.status)
+app.command()(talk.chat)
+app.command()(talk.generate)
+app.add_typer(config_command.app, name="config")
+app.command()(doctor_command.doctor)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from joinwise.cluster.cli.doctor import version_of
+
+        typer.echo(f"joinwise {version_of('joinwise') or 'of unknown version'}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """A serving cluster for large language models: prefill on one pool, decode on another."""
+
+
+def main() -> None:
+    """The entry point of the script `joinwise`."""
+    app()

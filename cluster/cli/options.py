@@ -1,0 +1,78 @@
+"""Options that several commands share, and what is made of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from joinwise.cluster.client import Client
+
+Target = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        "-t",
+        envvar="JOINWISE_TARGET",
+        help="The gateway's gRPC listener, host:port; without it the cluster that runs on this machine.",
+        show_default=False,
+    ),
+]
+Token = Annotated[
+    str | None,
+    typer.Option("--token", envvar="JOINWISE_API_KEY", help="API key.", show_default=False),
+]
+Tls = Annotated[bool, typer.Option("--tls", help="Speak TLS.")]
+Ca = Annotated[
+    Path | None, typer.Option("--ca", help="PEM file of the authority to trust; implies --tls.", show_default=False)
+]
+Timeout = Annotated[float, typer.Option("--timeout", min=0.001, help="Seconds that the call may take in all.")]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--file",
+        "-f",
+        envvar="JOINWISE_CONFIG",
+        help="Configuration file; without one ./joinwise.yaml if it is there, else the demo's.",
+        show_default=False,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+DEFAULT_TARGET = "localhost:8001"
+DEFAULT_FILE = Path("joinwise.yaml")
+
+
+def connect(target: str | None, token: str | None, tls: bool, ca: Path | None, timeout: float) -> Client:
+    """A client for the gateway that the options name."""
+    from joinwise.cluster.client import TLS, Client
+    from joinwise.cluster.errors import ConfigError
+
+    if ca is not None and not os.access(ca, os.R_OK):
+        raise ConfigError(f"cannot read {ca}")
+    return Client(target or default_target(), token=token, tls=TLS(ca=ca) if ca is not None else tls, timeout=timeout)
+
+
+def default_target() -> str:
+    """The gRPC address of the cluster that `joinwise up` last made ready on this machine, else the usual port."""
+    from joinwise.cluster.env import home
+
+    newest: tuple[float, str] = (0.0, DEFAULT_TARGET)
+    for file in (home(os.environ) / "run").glob("*.json"):
+        try:
+            facts = json.loads(file.read_text(encoding="utf-8"))
+            newest = max(newest, (float(facts["started"]), str(facts["addresses"]["grpc"])))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # not ready yet, or half written
+    return newest[1]
+
+
+def config_path(file: Path | None) -> Path | None:
+    """The configuration file that applies; None for the demo's configuration."""
+    if file is not None:
+        return file
+    return DEFAULT_FILE if DEFAULT_FILE.exists() else None
