@@ -36,7 +36,7 @@ check-types:
 	$(PYTHON_ENV) -m mypy
 
 check-imports:
-	.venv/bin/lint-imports --no-cache
+	PYTHONPATH=.typing .venv/bin/lint-imports --no-cache --no-logo
 
 check-proto:
 	.venv/bin/buf lint
