@@ -60,7 +60,7 @@ def _build(
     if isinstance(node, yaml.SequenceNode):
         return [_build(loader, item, (*path, i), lines, problems) for i, item in enumerate(node.value)]
     if not isinstance(node, yaml.MappingNode):
-        return loader.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+        return loader.construct_object(node, deep=True)
     own = [str(key.value) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
     loader.flatten_mapping(node)
     data: dict[str, Any] = {}
@@ -98,18 +98,17 @@ def _sentence(detail: ErrorDetails, root: type[BaseModel], where: Mapping[str, s
 
 def _fields(root: type[BaseModel], path: Sequence[str | int]) -> Mapping[str, object]:
     """The keys that the section at `path` knows."""
-    section: Any = root
+    section: type[BaseModel] | None = root
     for part in path:
         if isinstance(part, int):
             continue
-        field = section.model_fields.get(part) if isinstance(section, type) else None
-        if field is None:
+        if section is None or part not in section.model_fields:
             return {}
-        section = _section_inside(field.annotation)
-    return section.model_fields if isinstance(section, type) and issubclass(section, BaseModel) else {}
+        section = _section_inside(section.model_fields[part].annotation)
+    return section.model_fields if section else {}
 
 
-def _section_inside(annotation: Any) -> Any:
+def _section_inside(annotation: Any) -> type[BaseModel] | None:
     """The model class inside list[…], Optional and Annotated, or None."""
     if isinstance(annotation, type) and get_origin(annotation) is None:
         return annotation if issubclass(annotation, BaseModel) else None

@@ -30,7 +30,6 @@ OTHERS = {
     "JOINWISE_DEBUG": "the command line shows tracebacks instead of one line",
     "JOINWISE_API_KEY": "bearer token that the client SDK sends",
     "JOINWISE_TARGET": "host:port that the client SDK and `joinwise chat` talk to",
-    "JOINWISE_REDIS_PASSWORD": "password of the Redis server, instead of one inside its URL",
     "JOINWISE_TEST_DEVICE": "device that the test suite uses (cpu or gpu)",
 }
 

@@ -1,0 +1,267 @@
+"""Who the workers are. A worker registers once per life, says every second that it lives and how loaded it is, and is
+forgotten when it falls silent. Gateways read the registry; only the router's scripts change pending tokens.
+
+Promises: live workers of one model have equal files and equal KV layout, so any two of them can share a request; an
+epoch is never given twice, so nothing meant for an earlier life of a worker touches a later one; a worker that is
+routable has every adapter recorded for its model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, cast
+
+from redis.asyncio import Redis
+
+from joinwise.cluster.config_model import Role, RouterConfig
+from joinwise.cluster.errors import RegistrationRefusedError
+from joinwise.cluster.store.client import Scripts, StoreClock, store_errors
+from joinwise.cluster.store.keys import Keys
+
+ADAPTER_CAPABILITY = "lora:"
+
+
+@dataclass(frozen=True)
+class WorkerInfo:
+    """What a worker registers: fixed for one life of it, but for `role`, which the router may change.
+
+    Attributes:
+        worker_id: unique in the cluster.
+        epoch: this life's number, given by `Registry.register`; 0 before.
+        model: the model's served name.
+        fingerprint: equal for workers between which a change of role is one write.
+        model_digest: digest of weights, tokenizer and chat template.
+        kv_layout: digest of the KV cache's layout.
+        capabilities: what the worker can do, such as "replay" or "kv_grpc".
+        num_blocks: KV blocks in all, each of `block_size` tokens.
+        adapters: LoRA adapters that it has loaded.
+        started_ms: when it started, milliseconds since 1970.
+    """
+
+    worker_id: str
+    epoch: int
+    model: str
+    pool: str
+    role: str
+    fingerprint: str
+    model_digest: str
+    engine_address: str
+    kv_address: str
+    metrics_address: str
+    capabilities: frozenset[str]
+    kv_layout: str
+    max_model_len: int
+    block_size: int
+    num_blocks: int
+    max_num_seqs: int
+    adapters: frozenset[str]
+    vllm_version: str
+    protocol_version: int
+    started_ms: int
+
+
+@dataclass(frozen=True)
+class WorkerLoad:
+    """What a worker says of itself with each heartbeat.
+
+    Attributes:
+        running, waiting: requests.
+        decode_step_ms: median milliseconds of a decode step; 0 when not known yet.
+        prefill_tokens_per_s: measured; 0 when not known yet.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    kv_blocks_free: int = 0
+    kv_blocks_total: int = 0
+    decode_step_ms: float = 0.0
+    prefill_tokens_per_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class WorkerState:
+    """A worker as the registry sees it. `role` in `info` is the current one, "draining" while it leaves."""
+
+    info: WorkerInfo
+    load: WorkerLoad
+    beat_ms: int
+    pending_prefill: int
+    pending_decode: int
+
+    @property
+    def pending_tokens(self) -> int:
+        """Reserved tokens of both phases."""
+        return self.pending_prefill + self.pending_decode
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter that every worker of a model has loaded."""
+
+    name: str
+    path: str
+    lora_id: int
+
+
+class Registry:
+    """The registry of one cluster.
+
+    Every method raises StoreUnavailableError when Redis does not answer.
+
+    Args:
+        client: from `store.client.connect`.
+        cluster: the cluster's name.
+        settings: `worker_ttl_s` decides how long silence is tolerated.
+        clock: milliseconds since 1970, instead of Redis' own clock.
+    """
+
+    def __init__(
+        self, client: Redis, cluster: str, settings: RouterConfig, clock: Callable[[], int] | None = None
+    ) -> None:
+        self._client = client
+        self._keys = Keys(cluster)
+        self._scripts = Scripts(client, self._keys.base)
+        self._clock = StoreClock(client, clock)
+        self._ttl_ms = int(settings.worker_ttl_s * 1000)
+
+    async def register(self, info: WorkerInfo) -> int:
+        """Admit a worker; it is routable at once.
+
+        Returns:
+            The epoch of this life of the worker.
+
+        Raises:
+            RegistrationRefusedError: a live worker of the model has other files or another KV layout, or an adapter
+                recorded for the model is not among `info.adapters`.
+        """
+        now = await self._clock.now_ms()
+        with store_errors(f"registering worker {info.worker_id}"):
+            verdict, *details = await self._scripts.run(
+                "register",
+                info.worker_id,
+                info.model,
+                info.role,
+                info.model_digest,
+                info.kv_layout,
+                now,
+                self._ttl_ms,
+                _capability_text(info),
+                json.dumps(sorted(info.adapters)),
+                _info_json(info),
+                info.engine_address,
+                info.kv_address,
+            )
+        if verdict != "ok":
+            raise RegistrationRefusedError(_refusal(info, verdict, *details))
+        return int(details[0])
+
+    async def heartbeat(self, worker_id: str, epoch: int, load: WorkerLoad, now_ms: int | None = None) -> bool:
+        """Say that a worker lives. False: the registry does not know this life of it, so it must register again."""
+        now = await self._clock.now_ms() if now_ms is None else now_ms
+        with store_errors(f"sending the heartbeat of worker {worker_id}"):
+            return bool(await self._scripts.run("heartbeat", worker_id, epoch, now, json.dumps(asdict(load))))
+
+    async def deregister(self, worker_id: str, epoch: int) -> bool:
+        """Forget a worker that leaves; False if this life of it was not registered."""
+        with store_errors(f"removing worker {worker_id}"):
+            return bool(await self._scripts.run("deregister", worker_id, epoch))
+
+    async def set_role(self, worker_id: str, epoch: int, role: Role) -> bool:
+        """Route the worker for another phase from now on; what it has begun it ends. False for a stale epoch."""
+        return await self._change(worker_id, epoch, role)
+
+    async def drain(self, worker_id: str, epoch: int) -> bool:
+        """Route nothing more to the worker, which goes on with what it has. False for a stale epoch."""
+        return await self._change(worker_id, epoch, "draining")
+
+    async def _change(self, worker_id: str, epoch: int, role: str) -> bool:
+        with store_errors(f"changing the role of worker {worker_id}"):
+            return bool(await self._scripts.run("change", worker_id, epoch, "role", role))
+
+    async def set_adapters(self, info: WorkerInfo, adapters: Iterable[str]) -> bool:
+        """Record which adapters a registered worker has loaded now. False for a stale `info.epoch`."""
+        info = replace(info, adapters=frozenset(adapters))
+        with store_errors(f"recording the adapters of worker {info.worker_id}"):
+            return bool(
+                await self._scripts.run(
+                    "change", info.worker_id, info.epoch, "caps", _capability_text(info), _info_json(info)
+                )
+            )
+
+    async def list(self, now_ms: int | None = None) -> tuple[WorkerInfo, ...]:
+        """Live workers that take requests, by id, with their current roles."""
+        return tuple(state.info for state in await self.states(now_ms) if state.info.role != "draining")
+
+    async def states(self, now_ms: int | None = None) -> tuple[WorkerState, ...]:
+        """Live workers, draining ones too, with load and pending tokens, by id."""
+        now = await self._clock.now_ms() if now_ms is None else now_ms
+        with store_errors("listing the workers"):
+            ids = await self._client.zrangebyscore(self._keys.beats, now - self._ttl_ms, "+inf")
+            pipe = self._client.pipeline(transaction=False)
+            for worker_id in sorted(str(worker_id) for worker_id in ids):
+                pipe.hgetall(self._keys.worker(worker_id))
+            found = await pipe.execute()
+        return tuple(_state(record) for record in found if record)
+
+    async def add_adapter(self, model: str, name: str, path: str, lora_id: int) -> None:
+        """Record an adapter: from now on a worker registers only with it loaded."""
+        with store_errors(f"recording the adapter {name}"):
+            value = json.dumps({"path": path, "lora_id": lora_id})
+            await self._client.hset(self._keys.adapters(model), name, value)
+
+    async def remove_adapter(self, model: str, name: str) -> bool:
+        """Forget an adapter; False if it was not recorded."""
+        with store_errors(f"removing the adapter {name}"):
+            return bool(await self._client.hdel(self._keys.adapters(model), name))
+
+    async def adapters(self, model: str) -> tuple[Adapter, ...]:
+        """The adapters recorded for a model, by name."""
+        with store_errors(f"reading the adapters of {model}"):
+            held = await cast(Awaitable[dict[str, str]], self._client.hgetall(self._keys.adapters(model)))
+        return tuple(Adapter(name=name, **json.loads(value)) for name, value in sorted(held.items()))
+
+
+def _capability_text(info: WorkerInfo) -> str:
+    """Every capability between newlines, as `pick.lua` looks for them; adapters count as capabilities."""
+    names = info.capabilities | {ADAPTER_CAPABILITY + name for name in info.adapters}
+    return "\n" + "".join(f"{name}\n" for name in sorted(names))
+
+
+def _info_json(info: WorkerInfo) -> str:
+    return json.dumps({**asdict(info), "capabilities": sorted(info.capabilities), "adapters": sorted(info.adapters)})
+
+
+def _state(record: dict[str, str]) -> WorkerState:
+    """Parse a worker's hash; keys that a newer release has added are passed over."""
+    known = {field.name for field in fields(WorkerInfo)}
+    raw: dict[str, Any] = {key: value for key, value in json.loads(record["info"]).items() if key in known}
+    raw |= {"capabilities": frozenset(raw["capabilities"]), "adapters": frozenset(raw["adapters"])}
+    raw |= {"epoch": int(record["epoch"]), "role": record["role"]}
+    return WorkerState(
+        info=WorkerInfo(**raw),
+        load=parse_load(record["load"]),
+        beat_ms=int(record["beat"]),
+        pending_prefill=int(record["prefill"]),
+        pending_decode=int(record["decode"]),
+    )
+
+
+def parse_load(text: str) -> WorkerLoad:
+    """The load in a heartbeat; an unloaded worker when there was none yet."""
+    known = {field.name for field in fields(WorkerLoad)}
+    return WorkerLoad(**{key: value for key, value in json.loads(text or "{}").items() if key in known})
+
+
+def _refusal(info: WorkerInfo, verdict: str, other: str, theirs: str = "") -> str:
+    who = f"worker {info.worker_id} may not join the model {info.model!r}"
+    if verdict == "adapter":
+        return (
+            f"{who}: it has not loaded the adapter {other!r}; load it (or remove it from the model) and register again"
+        )
+    what, mine = ("model files", info.model_digest) if verdict == "digest" else ("KV layout", info.kv_layout)
+    return (
+        f"{who}: its {what} ({mine}) differ from those of worker {other} ({theirs}); "
+        "give both the same model, revision, dtype and engine arguments, or serve it under another name"
+    )

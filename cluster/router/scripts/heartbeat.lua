@@ -1,0 +1,9 @@
+-- A worker is alive, and this loaded. Returns 0 if its epoch is not the registered one: it must register again.
+-- ARGV: 1 worker id, 2 epoch, 3 now (ms), 4 load (JSON)
+local key = worker_key(ARGV[1])
+local known = redis.call('HMGET', key, 'epoch', 'beat')
+if known[1] ~= ARGV[2] then return 0 end
+local beat = math.max(tonumber(known[2]), tonumber(ARGV[3])) -- a clock that steps back kills nobody
+redis.call('HSET', key, 'beat', beat, 'load', ARGV[4])
+redis.call('ZADD', base .. 'beats', beat, ARGV[1])
+return 1
