@@ -7,7 +7,8 @@ import json
 import grpc
 import pytest
 import pytest_asyncio
-from helpers.compare_front_ends import CASES, REFUSALS, compare, compare_refusal
+from helpers.compare_front_ends import compare, compare_refusal
+from helpers.front_end_cases import CASES, REFUSALS
 from helpers.plain_vllm import plain_vllm
 
 from joinwise.cluster.client import AsyncClient, ClusterStatus, Delta, Started, UnreachableError, WorkerStatus
