@@ -11,6 +11,7 @@ import os
 import sys
 from functools import cache
 from importlib import metadata
+from importlib.util import find_spec
 from typing import Any
 
 import typer
@@ -28,6 +29,7 @@ ENGINE_COMMANDS = {
     "demo": "Start a small cluster, ask it one question, show where the time went, stop it.",
     "bench": "Measure a cluster against plain vLLM.",
 }
+_EXTRA = ("ray", "vllm", "torch")  # what both extras bring
 _ENGINE_PACKAGES = frozenset({"ray", "vllm", "torch", "transformers", "numpy", "fastapi", "uvicorn", "psutil"})
 _HINTS = {
     "unreachable": "Start a cluster with `joinwise up`, or name another gateway with --target.",
@@ -84,9 +86,11 @@ class LateCommand(TyperCommand):
         return self._load().make_context(info_name, args, parent=parent, **extra)
 
     def _load(self) -> Any:
-        for entry in _entries():
-            if entry.name == self.name:
-                return _as_command(entry.name, entry.load())
+        # Asked before loading: such a command may import engines late, in another process, or half way through.
+        if self.name not in ENGINE_COMMANDS or all(find_spec(package) for package in _EXTRA):
+            for entry in _entries():
+                if entry.name == self.name:
+                    return _as_command(entry.name, entry.load())
         print_not_installed(f"`joinwise {self.name}`")
         raise typer.Exit(EXIT_NOT_INSTALLED)
 

@@ -133,6 +133,13 @@ def test_engine_commands_without_engines(run, entry_points, name):
         assert "Traceback" not in result.stderr
 
 
+def test_engine_commands_do_not_begin_without_engines(run, entry_points, monkeypatch):
+    monkeypatch.setattr(shell, "find_spec", lambda name: None)
+    entry_points(up=lambda: pytest.fail("loaded"), tool=lambda: lambda: typer.echo("ran"))
+    assert run("up").exit_code == 3
+    assert run("tool").stdout == "ran\n"  # a command of another kind needs none
+
+
 def test_a_defect_is_not_taken_for_a_missing_extra(run, entry_points):
     def load():
         raise ModuleNotFoundError("No module named 'joinwise.actors.gone'", name="joinwise.actors.gone")
