@@ -33,10 +33,11 @@ def parse(text: str) -> tuple[Any, dict[str, int], list[str]]:
     Raises:
         ValueError: the text is not YAML; the message names the line.
     """
-    loader = yaml.SafeLoader(text)
     lines: dict[str, int] = {}
     problems: list[str] = []
+    loader: yaml.SafeLoader | None = None
     try:
+        loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
         data = None if root is None else _build(loader, root, (), lines, problems)
     except yaml.MarkedYAMLError as error:
@@ -45,7 +46,8 @@ def parse(text: str) -> tuple[Any, dict[str, int], list[str]]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(str(error).splitlines()[0] if str(error) else "nested without end") from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     return data, lines, problems
 
 

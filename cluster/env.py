@@ -59,7 +59,7 @@ def overrides(env: Mapping[str, str]) -> tuple[list[Override], list[str]]:
             continue
         try:
             path, annotation = _resolve(variable)
-            found.append(Override(path, _parse(env[variable], annotation), variable))
+            found.append(Override(path, _parse(variable, env[variable], annotation), variable))
         except ValueError as error:
             problems.append(str(error))
     return found, problems
@@ -112,7 +112,7 @@ def _container(annotation: Any) -> Any:
     return annotation
 
 
-def _parse(text: str, annotation: Any) -> Any:
+def _parse(variable: str, text: str, annotation: Any) -> Any:
     """Text stays text where the key holds text: a revision of 0123 is no number."""
     kind = _container(annotation)
     if kind is str or get_origin(kind) is Literal:
@@ -120,4 +120,6 @@ def _parse(text: str, annotation: Any) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"value {text!r} is not valid YAML: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"environment variable '{variable}' is not valid YAML: {str(error).splitlines()[0]}"
+        ) from error
