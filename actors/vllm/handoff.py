@@ -5,7 +5,7 @@ keys of it are ours: the hand-off (which half of a transfer this request is) and
 Clients may set neither: the gateway refuses both.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from vllm.sampling_params import SamplingParams
@@ -36,10 +36,14 @@ class Handoff:
 
     @classmethod
     def from_params(cls, params: dict[str, Any] | None) -> "Handoff | None":
-        """Parse `kv_transfer_params`; None where there is no hand-off of ours in it."""
+        """Parse `kv_transfer_params`; None where there is no hand-off of ours in it.
+
+        Keys that a newer gateway has added are ignored: a worker one release behind still works.
+        """
         if not params or params.get("joinwise") != _VERSION:
             return None
-        return cls(**{key: value for key, value in params.items() if key != "joinwise"})
+        known = {each.name for each in fields(cls)}
+        return cls(**{key: value for key, value in params.items() if key in known})
 
 
 def replay_of(params: SamplingParams) -> list[int]:
