@@ -14,7 +14,7 @@ from joinwise.actors.kv.frames import PROTOCOL_VERSION
 from joinwise.proto import kv_pb2
 
 
-class UnsupportedKvCache(RuntimeError):
+class UnsupportedKvCacheError(RuntimeError):
     """A KV cache that this version cannot ship; the message names the layer."""
 
 
@@ -29,7 +29,7 @@ class KvBlocks:
         model_digest: digest of the model's files.
 
     Raises:
-        UnsupportedKvCache: a tensor that is not laid out like this; the message names the layer.
+        UnsupportedKvCacheError: a tensor that is not laid out like this; the message names the layer.
     """
 
     def __init__(self, caches: dict[str, torch.Tensor], *, block_size: int, interior: str, model_digest: str) -> None:
@@ -52,18 +52,34 @@ class KvBlocks:
         self.digest = layout_digest(self.layout)
 
     def read(self, layer: int, block_ids: Sequence[int]) -> list[memoryview]:
-        """The blocks' bytes in order, as views; neighbours in the cache come as one piece."""
+        """The blocks' bytes in order, as views; neighbours in the cache come as one piece.
+
+        Raises:
+            IndexError: a block that the cache does not have.
+        """
+        self._check(block_ids)
         data = self._layers[layer]
-        return [memoryview(data[start : start + count]).cast("B") for start, count in _runs(block_ids)]
+        return [data[start : start + count].data.cast("B") for start, count in _runs(block_ids)]
 
     def write(self, layer: int, block_ids: Sequence[int], payload: memoryview) -> None:
-        """Copy a payload of `len(block_ids)` blocks into the cache."""
+        """Copy a payload of `len(block_ids)` blocks into the cache.
+
+        Raises:
+            IndexError: a block that the cache does not have; nothing is written.
+            ValueError: a payload of another size; nothing is written.
+        """
+        self._check(block_ids)
         data = self._layers[layer]
         source = np.frombuffer(payload, dtype=np.uint8).reshape(len(block_ids), self.block_bytes[layer])
         row = 0
         for start, count in _runs(block_ids):
             data[start : start + count] = source[row : row + count]
             row += count
+
+    def _check(self, block_ids: Sequence[int]) -> None:
+        # A slice beyond the end would be cut short in silence.
+        if block_ids and not 0 <= min(block_ids) <= max(block_ids) < self.num_blocks:
+            raise IndexError(f"KV blocks {min(block_ids)} to {max(block_ids)} of {self.num_blocks}")
 
 
 def layout_digest(layout: kv_pb2.KvLayout) -> str:
@@ -73,13 +89,12 @@ def layout_digest(layout: kv_pb2.KvLayout) -> str:
 
 def _as_bytes(name: str, cache: torch.Tensor) -> np.ndarray:
     if cache.device.type != "cpu":
-        raise UnsupportedKvCache(
+        raise UnsupportedKvCacheError(
             f"KV cache of layer {name!r} is on {cache.device}; this version ships KV between CPU workers only"
         )
     if not cache.is_contiguous():
-        raise UnsupportedKvCache(f"KV cache of layer {name!r} is not contiguous (strides {cache.stride()})")
-    flat = cache.view(cache.shape[0], -1).view(torch.uint8).numpy()
-    return flat
+        raise UnsupportedKvCacheError(f"KV cache of layer {name!r} is not contiguous (strides {cache.stride()})")
+    return cache.view(cache.shape[0], -1).view(torch.uint8).numpy()
 
 
 def _runs(block_ids: Sequence[int]) -> Iterator[tuple[int, int]]:

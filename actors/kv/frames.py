@@ -17,6 +17,8 @@ MAGIC = b"JWKV"
 
 FLAG_END = 1
 """Last frame of a transfer; it has no payload and says how much was exposed."""
+_KNOWN_FLAGS = FLAG_END
+MAX_EXPOSED_US = (1 << 32) - 1
 
 # magic, version, flags, transfer tag, epoch, sequence, layer, first block, blocks, payload bytes,
 # exposed microseconds (END only), checksum.
@@ -25,7 +27,7 @@ HEADER_BYTES = _HEADER.size
 _UNCHECKED = struct.Struct("<Q").size
 
 
-class FrameRefused(ValueError):
+class FrameRefusedError(ValueError):
     """A frame that must not be used; `reason` is a short word for the counter."""
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -68,21 +70,24 @@ def decode(frame: bytes) -> tuple[FrameHeader, memoryview]:
     """Check one frame and return its header and payload.
 
     Raises:
-        FrameRefused: truncated, of another version, or its checksum does not match.
+        FrameRefusedError: truncated, of another version, with a flag of another version, or its checksum
+            does not match.
     """
     if len(frame) < HEADER_BYTES:
-        raise FrameRefused("truncated", f"{len(frame)} bytes, a header has {HEADER_BYTES}")
+        raise FrameRefusedError("truncated", f"{len(frame)} bytes, a header has {HEADER_BYTES}")
     fields = _HEADER.unpack_from(frame)
     magic, version, flags, tag, epoch, sequence, layer, first, blocks, size, exposed, checksum = fields
     if magic != MAGIC or version != PROTOCOL_VERSION:
-        raise FrameRefused("version", f"magic {magic!r} version {version}, this end speaks {PROTOCOL_VERSION}")
+        raise FrameRefusedError("version", f"magic {magic!r} version {version}, this end speaks {PROTOCOL_VERSION}")
     payload = memoryview(frame)[HEADER_BYTES:]
     if payload.nbytes != size:
-        raise FrameRefused("truncated", f"{payload.nbytes} payload bytes, the header says {size}")
+        raise FrameRefusedError("truncated", f"{payload.nbytes} payload bytes, the header says {size}")
     digest = xxhash.xxh3_64(payload)
     digest.update(memoryview(frame)[: HEADER_BYTES - _UNCHECKED])
     if digest.intdigest() != checksum:
-        raise FrameRefused("checksum", f"layer {layer} sequence {sequence}")
+        raise FrameRefusedError("checksum", f"layer {layer} sequence {sequence}")
+    if flags & ~_KNOWN_FLAGS:
+        raise FrameRefusedError("flags", f"flags {flags:#x}, this end knows {_KNOWN_FLAGS:#x}")
     return FrameHeader(tag, epoch, sequence, layer, first, blocks, flags, exposed), payload
 
 

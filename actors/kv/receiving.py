@@ -1,15 +1,15 @@
 """The receiving half of transfers: frames checked and copied into the KV blocks vLLM reserved.
 
 There is no landing copy: a transfer is opened only when vLLM has allocated its blocks, and each
-frame goes from the wire into them. `LandingBudget` bounds the bytes received but not yet copied;
-beyond it nothing is read from the wire, so the sender stops (flow control), never the engine.
+frame goes from the wire into them. `LandingBudget` bounds the bytes being imported; beyond it a
+stream stops reading with one frame in hand, so its sender stops (flow control), never the engine.
 """
 
 import threading
 from dataclasses import dataclass, field
 
 from joinwise.actors.kv.blocks import KvBlocks
-from joinwise.actors.kv.frames import FLAG_END, FrameRefused, decode, transfer_tag
+from joinwise.actors.kv.frames import FLAG_END, FrameRefusedError, decode, transfer_tag
 
 
 class LandingBudget:
@@ -69,7 +69,8 @@ class FetchReport:
 class Importer:
     """Checks the frames of one transfer and copies them into their blocks.
 
-    `fence` may be called from any thread; once it has returned, nothing is written any more.
+    `fence` may be called from any thread; once it has returned, nothing is written any more and
+    `complete` says for good whether everything was.
     """
 
     spec: FetchSpec
@@ -92,37 +93,44 @@ class Importer:
             Payload bytes imported.
 
         Raises:
-            FrameRefused: the frame is damaged, stale, misaddressed, out of order or of other blocks
+            FrameRefusedError: the frame is damaged, stale, misaddressed, out of order or of other blocks
                 than asked for. The transfer cannot go on.
         """
         header, payload = decode(frame)
         if header.tag != self._tag:
-            raise FrameRefused("misaddressed", f"frame of another transfer than {self.spec.transfer_id}")
+            raise FrameRefusedError("misaddressed", f"frame of another transfer than {self.spec.transfer_id}")
         if header.epoch != self.spec.epoch:
-            raise FrameRefused("stale_epoch", f"epoch {header.epoch}, expected {self.spec.epoch}")
+            raise FrameRefusedError("stale_epoch", f"epoch {header.epoch}, expected {self.spec.epoch}")
         if header.sequence != self._sequence:
-            raise FrameRefused("out_of_order", f"sequence {header.sequence}, expected {self._sequence}")
+            raise FrameRefusedError("out_of_order", f"sequence {header.sequence}, expected {self._sequence}")
         self._sequence += 1
+        if self.complete:
+            raise FrameRefusedError("after_end", f"sequence {header.sequence} after the last frame")
         if header.flags & FLAG_END:
+            if payload.nbytes or header.num_blocks:
+                raise FrameRefusedError("size", f"the last frame carries {payload.nbytes} bytes")
             missing = sum(landed != len(self.spec.block_ids) for landed in self._landed)
             if missing:
-                raise FrameRefused("incomplete", f"the end came with {missing} layers unfinished")
-            self.exposed_us = header.exposed_us
-            self.complete = True
+                raise FrameRefusedError("incomplete", f"the end came with {missing} layers unfinished")
+            with self._lock:
+                if self._fenced:
+                    raise FrameRefusedError("fenced", "the transfer was cancelled")
+                self.exposed_us = header.exposed_us
+                self.complete = True
             return 0
         if header.layer >= len(self._landed):
-            raise FrameRefused("layer", f"layer {header.layer} of {len(self._landed)}")
+            raise FrameRefusedError("layer", f"layer {header.layer} of {len(self._landed)}")
         offset = header.first_block - self.spec.first_block
         if offset != self._landed[header.layer] or header.num_blocks < 1:
-            raise FrameRefused("range", f"layer {header.layer} begins at block {header.first_block}")
+            raise FrameRefusedError("range", f"layer {header.layer} begins at block {header.first_block}")
         targets = self.spec.block_ids[offset : offset + header.num_blocks]
         if len(targets) != header.num_blocks:
-            raise FrameRefused("range", f"layer {header.layer} has {header.num_blocks} blocks too many")
+            raise FrameRefusedError("range", f"layer {header.layer} has {header.num_blocks} blocks too many")
         if payload.nbytes != header.num_blocks * self.blocks.block_bytes[header.layer]:
-            raise FrameRefused("size", f"layer {header.layer} carries {payload.nbytes} bytes")
+            raise FrameRefusedError("size", f"layer {header.layer} carries {payload.nbytes} bytes")
         with self._lock:
             if self._fenced:
-                raise FrameRefused("fenced", "the transfer was cancelled")
+                raise FrameRefusedError("fenced", "the transfer was cancelled")
             self.blocks.write(header.layer, targets, payload)
         self._landed[header.layer] += header.num_blocks
         return payload.nbytes

@@ -13,13 +13,25 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+_REMEMBERED = 4096
+"""Ended transfers whose reason is still known; a stream that comes too late is told at once."""
+
+
+class NoSuchTransferError(LookupError):
+    """No such transfer to fetch: it never was, is over, or another stream has it."""
+
+
+class WrongEpochError(ValueError):
+    """A stream of another epoch than the transfer's; the transfer is untouched."""
+
 
 @dataclass(eq=False)
 class SendTransfer:
     """One request whose KV a decode worker will fetch.
 
     `ready[layer]` counts the blocks, from the prompt's first, that are final in that layer.
-    Times are of the monotonic clock, in seconds.
+    `lease_s` is how long blocks that vLLM has finished with wait for a stream, in seconds. Times are
+    of the monotonic clock, in seconds.
     """
 
     transfer_id: str
@@ -28,12 +40,14 @@ class SendTransfer:
     num_blocks: int
     num_layers: int
     num_tokens: int
-    expires: float
+    lease_s: float
     block_ids: list[int] = field(default_factory=list)
     ready: list[int] = field(default_factory=list)
     computed_at: float = 0.0
     ended: bool = False
     """vLLM has finished the request and holds its blocks for us."""
+    expires: float = float("inf")
+    """When its lease ends; it begins with `ended`, for until then vLLM answers for the request."""
     closed: str = ""
     """Why nothing more will be sent; empty while the transfer is open."""
     streaming: bool = False
@@ -60,25 +74,26 @@ class SendTable:
         self._opened = threading.Condition()
         self._by_id: dict[str, SendTransfer] = {}
         self._by_request: dict[str, SendTransfer] = {}
+        self._over: dict[str, str] = {}
 
     def held(self) -> list[str]:
         """Names of the transfers still held, for error messages."""
         with self._opened:
-            return [f"send {t.transfer_id} of request {t.request_id}" for t in self._by_id.values()]
+            return [f"send {t.transfer_id} of request {t.request_id}" for t in self._by_request.values()]
 
     # Called by the engine's stepping thread.
 
     def open(self, transfer: SendTransfer) -> None:
         """Register a transfer, before its first block is computed.
 
-        Raises:
-            ValueError: the transfer id is in use.
+        One whose id was used before is closed at once: its request is computed, and nothing is sent.
         """
         with self._opened:
-            if transfer.transfer_id in self._by_id:
-                raise ValueError(f"transfer {transfer.transfer_id} exists already")
-            self._by_id[transfer.transfer_id] = transfer
             self._by_request[transfer.request_id] = transfer
+            if transfer.transfer_id in self._by_id or transfer.transfer_id in self._over:
+                transfer.closed = "its transfer id was used before"
+                return
+            self._by_id[transfer.transfer_id] = transfer
             self._opened.notify_all()
 
     def of_request(self, request_id: str) -> SendTransfer | None:
@@ -104,6 +119,7 @@ class SendTable:
         transfer = self._by_request.get(request_id)
         if transfer is None:
             return
+        transfer.expires = time.monotonic() + transfer.lease_s
         transfer.ended = True
         if not transfer.computed:
             self._close(transfer, "the request ended before its prompt was computed")
@@ -112,36 +128,43 @@ class SendTable:
         """Forget transfers that are over; return the requests whose blocks vLLM may free now."""
         released = set()
         with self._opened:
-            for transfer in list(self._by_id.values()):
+            for transfer in list(self._by_request.values()):
                 if not transfer.closed and not transfer.streaming and now > transfer.expires:
                     transfer.closed = "nobody fetched it within its lease"
                 if transfer.closed and transfer.ended and not transfer.streaming:
-                    del self._by_id[transfer.transfer_id]
-                    del self._by_request[transfer.request_id]
+                    self._forget(transfer)
                     released.add(transfer.request_id)
         return released
 
     # Called by stream threads.
 
-    def claim(self, transfer_id: str, deadline: float, alive: Callable[[], bool]) -> SendTransfer | None:
-        """Wait for a transfer to be opened and take it for one stream.
+    def claim(self, transfer_id: str, epoch: int, deadline: float, alive: Callable[[], bool]) -> SendTransfer:
+        """Wait for a transfer to be opened and take it for one stream; `release` must follow.
 
         Args:
             transfer_id: the transfer wanted.
+            epoch: the epoch that the caller has for it.
             deadline: monotonic time to give up at.
             alive: says whether the caller still wants it.
 
-        Returns:
-            The transfer, or None when it did not appear, is taken, or is closed.
+        Raises:
+            NoSuchTransferError: it did not appear in time, is over, or another stream has it.
+            WrongEpochError: it is of another epoch; the stream that it is meant for may still come.
         """
         with self._opened:
             while (transfer := self._by_id.get(transfer_id)) is None:
+                if (reason := self._over.get(transfer_id)) is not None:
+                    raise NoSuchTransferError(f"transfer {transfer_id} is over: {reason}")
                 left = deadline - time.monotonic()
                 if left <= 0 or not alive():
-                    return None
+                    raise NoSuchTransferError(f"no open transfer {transfer_id}")
                 self._opened.wait(min(left, 1.0))
+            if transfer.epoch != epoch:
+                raise WrongEpochError(f"epoch {epoch}, this worker has {transfer.epoch}")
             if transfer.streaming or transfer.closed:
-                return None
+                raise NoSuchTransferError(
+                    f"transfer {transfer_id} is over: {transfer.closed or 'another stream has it'}"
+                )
             transfer.streaming = True
             return transfer
 
@@ -154,6 +177,15 @@ class SendTable:
         """The stream of a claimed transfer is over, whatever its outcome."""
         transfer.streaming = False
         self._close(transfer, reason)
+
+    def _forget(self, transfer: SendTransfer) -> None:
+        del self._by_request[transfer.request_id]
+        if self._by_id.get(transfer.transfer_id) is not transfer:
+            return
+        del self._by_id[transfer.transfer_id]
+        self._over[transfer.transfer_id] = transfer.closed
+        if len(self._over) > _REMEMBERED:
+            del self._over[next(iter(self._over))]
 
     def _close(self, transfer: SendTransfer, reason: str) -> None:
         with transfer.changed:

@@ -4,27 +4,35 @@ The server half sends what a `SendTable` holds; the client half feeds an `Import
 threads, not an event loop: they copy megabytes and must not share a loop with token frames.
 """
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
+from typing import Any
 
 import grpc
 
 from joinwise.actors.kv.blocks import KvBlocks
-from joinwise.actors.kv.frames import FLAG_END, FrameHeader, encode, transfer_tag
+from joinwise.actors.kv.frames import FLAG_END, MAX_EXPOSED_US, FrameHeader, encode, transfer_tag
 from joinwise.actors.kv.receiving import Importer, LandingBudget
-from joinwise.actors.kv.sending import SendTable, SendTransfer
+from joinwise.actors.kv.sending import NoSuchTransferError, SendTable, SendTransfer, WrongEpochError
 from joinwise.proto import kv_pb2
 
 FETCH = "/joinwise.v1.KvService/Fetch"
 LAYOUT = "/joinwise.v1.KvService/Layout"
+_LONGEST_FETCH_S = 86_400.0
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.max_send_message_length", 64 << 20),
     ("grpc.optimization_target", "throughput"),
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    # A stream that waits for its prefill carries no data; without these its pings would end it.
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    # A port that is taken is an error, never shared with another worker.
+    ("grpc.so_reuseport", 0),
 ]
 
 
@@ -37,8 +45,9 @@ class KvServer:
         bind: address to listen on, `host:0` for a free port.
         frame_bytes: payload bytes a frame aims at.
         claim_timeout_s: how long a stream waits for its transfer to be opened.
-        max_streams: streams served at once; more wait their turn.
-        on_count: called with (counter name) for refused streams.
+        max_streams: streams open at once, those included that wait for their prefill: each holds a
+            (mostly sleeping) thread. More are refused with RESOURCE_EXHAUSTED: if they queued behind
+            waiting ones, the blocks that they would free could be what those wait for.
     """
 
     def __init__(
@@ -60,7 +69,9 @@ class KvServer:
         self._count_lock = threading.Lock()
         self._instance = time.time_ns()
         self._server = grpc.server(
-            futures.ThreadPoolExecutor(max_streams, thread_name_prefix="kv-send"), options=CHANNEL_OPTIONS
+            futures.ThreadPoolExecutor(max_streams, thread_name_prefix="kv-send"),
+            options=CHANNEL_OPTIONS,
+            maximum_concurrent_rpcs=max_streams,
         )
         self._server.add_generic_rpc_handlers((_Handlers(self._fetch, self._layout),))
         if credentials is None:
@@ -91,7 +102,8 @@ class KvServer:
             if theirs != ours:
                 context.abort(
                     grpc.StatusCode.FAILED_PRECONDITION,
-                    f"KV layouts differ in layer {ours.name}: {theirs.block_bytes} here {ours.block_bytes} bytes a block",
+                    f"KV layouts differ in layer {ours.name}: {theirs.name} with {theirs.block_bytes} bytes a block, "
+                    f"here {ours.block_bytes}",
                 )
         if len(request.layout.layers) != len(mine.layers):
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, "KV layouts differ in the number of layers")
@@ -100,6 +112,8 @@ class KvServer:
     def _fetch(self, request: kv_pb2.FetchRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
         if request.layout_digest != self._blocks.digest:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, "the caller's KV layout differs from this worker's")
+        if context.time_remaining() > _LONGEST_FETCH_S:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a fetch needs a deadline: it holds this worker's blocks")
         with self._count_lock:
             self._open_streams += 1
         transfer: SendTransfer | None = None
@@ -107,18 +121,19 @@ class KvServer:
         try:
             deadline = time.monotonic() + self._claim_timeout_s
             context.add_callback(self._table.wake_claims)
-            transfer = self._table.claim(request.transfer_id, deadline, context.is_active)
-            if transfer is None:
-                context.abort(grpc.StatusCode.NOT_FOUND, f"no open transfer {request.transfer_id}")
-            if transfer.epoch != request.epoch:
-                outcome = f"the receiver asked for epoch {request.epoch}"
-                context.abort(
-                    grpc.StatusCode.FAILED_PRECONDITION, f"epoch {request.epoch}, this worker has {transfer.epoch}"
-                )
-            if request.first_block + request.num_blocks != transfer.num_blocks:
+            try:
+                transfer = self._table.claim(request.transfer_id, request.epoch, deadline, context.is_active)
+            except NoSuchTransferError as error:
+                context.abort(grpc.StatusCode.NOT_FOUND, str(error))
+            except WrongEpochError as error:
+                context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+            if request.num_blocks < 1 or request.first_block + request.num_blocks != transfer.num_blocks:
                 outcome = "the receiver asked for other blocks"
                 context.abort(grpc.StatusCode.OUT_OF_RANGE, f"the prompt has {transfer.num_blocks} blocks")
-            context.add_callback(lambda: _wake(transfer))
+            if request.num_tokens != transfer.num_tokens:
+                outcome = "the receiver has another prompt"
+                context.abort(grpc.StatusCode.OUT_OF_RANGE, f"the prompt has {transfer.num_tokens} tokens")
+            context.add_callback(functools.partial(_wake, transfer))
             yield from self._frames(transfer, request.first_block, context)
             outcome = "sent"
         finally:
@@ -143,7 +158,7 @@ class KvServer:
                     yield frame
                     sequence += 1
                 sent[layer] = end
-        exposed_us = int((time.monotonic() - transfer.computed_at) * 1e6)
+        exposed_us = min(int((time.monotonic() - transfer.computed_at) * 1e6), MAX_EXPOSED_US)
         yield encode(FrameHeader(tag, transfer.epoch, sequence, 0, 0, 0, FLAG_END, exposed_us))
 
     def _next_ready(
@@ -184,13 +199,14 @@ class KvClient:
 
         Raises:
             grpc.RpcError: the stream failed, was cancelled or timed out.
-            FrameRefused: a frame must not be used.
+            FrameRefusedError: a frame must not be used.
         """
         spec = importer.spec
         channel = self._channel(spec.peer)
         try:
+            deadline = time.monotonic() + spec.timeout_s
             self._agree(channel, spec.peer, spec.timeout_s)
-            fetch = channel.unary_stream(FETCH, kv_pb2.FetchRequest.SerializeToString, None)
+            fetch: Any = channel.unary_stream(FETCH, kv_pb2.FetchRequest.SerializeToString, None)
             call = fetch(
                 kv_pb2.FetchRequest(
                     transfer_id=spec.transfer_id,
@@ -200,12 +216,12 @@ class KvClient:
                     layout_digest=self._blocks.digest,
                     num_tokens=spec.num_tokens,
                 ),
-                timeout=spec.timeout_s,
+                timeout=max(0.0, deadline - time.monotonic()),
             )
             on_call(call)
             return self._receive(call, importer)
         except grpc.RpcError as error:
-            if error.code() == grpc.StatusCode.UNAVAILABLE:
+            if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.FAILED_PRECONDITION):
                 self._agreed.discard(spec.peer)  # a restarted peer must show its layout again
             raise
 
@@ -216,7 +232,7 @@ class KvClient:
         for channel in channels.values():
             channel.close()
 
-    def _receive(self, call: grpc.Call, importer: Importer) -> tuple[int, float, float]:
+    def _receive(self, call: Any, importer: Importer) -> tuple[int, float, float]:
         total, first, copying = 0, 0.0, 0.0
         last = first
         try:
@@ -258,8 +274,10 @@ class KvClient:
 
 class _Handlers(grpc.GenericRpcHandler):
     def __init__(self, fetch: Callable, layout: Callable) -> None:
-        self._fetch = grpc.unary_stream_rpc_method_handler(fetch, kv_pb2.FetchRequest.FromString, None)
-        self._layout = grpc.unary_unary_rpc_method_handler(
+        self._fetch: grpc.RpcMethodHandler = grpc.unary_stream_rpc_method_handler(
+            fetch, kv_pb2.FetchRequest.FromString, None
+        )
+        self._layout: grpc.RpcMethodHandler = grpc.unary_unary_rpc_method_handler(
             layout, kv_pb2.LayoutRequest.FromString, kv_pb2.LayoutResponse.SerializeToString
         )
 

@@ -12,13 +12,11 @@ class SendStep:
     Attributes:
         request_id: vLLM's request.
         block_ids: all its blocks so far, in prompt order.
-        ready_before: tokens whose KV is final before this step.
         ready_after: tokens whose KV is final after it.
     """
 
     request_id: str
     block_ids: tuple[int, ...]
-    ready_before: int
     ready_after: int
 
 

@@ -105,9 +105,12 @@ class SchedulerConnector:
             )
 
     def matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int, bool]:
-        """Offer the rest of the prompt, at least one token (vLLM asserts on none)."""
+        """Offer the rest of the prompt, at least one token (vLLM asserts on none).
+
+        Nothing is offered where the sender is known to have failed: the prompt is computed at once.
+        """
         receive = self._receives.get(request.request_id)
-        if receive is None or receive.state is not ReceiveState.WAITING:
+        if receive is None or receive.state is not ReceiveState.WAITING or receive.fail:
             return 0, False
         return request.num_prompt_tokens - num_computed_tokens, True
 
@@ -137,8 +140,6 @@ class SchedulerConnector:
         )
         if receive.released:
             self._next.released.add(request.request_id)
-        if receive.fail:
-            self._next.fail_receives.add(request.request_id)
 
     def build_metadata(self, output: SchedulerOutput) -> StepMetadata:
         """Take what has gathered since the last step, and add this step's progress of senders."""
@@ -190,4 +191,4 @@ class SchedulerConnector:
         self, metadata: StepMetadata, output: SchedulerOutput, request_id: str, send: _Send, computed: int
     ) -> None:
         after = min(computed + output.num_scheduled_tokens[request_id], send.num_tokens)
-        metadata.sends.append(SendStep(request_id, tuple(send.block_ids), computed, after))
+        metadata.sends.append(SendStep(request_id, tuple(send.block_ids), after))

@@ -5,6 +5,7 @@ finish is picked up by `transfer_results`, once per step, and `wake` is called s
 engine loop takes that step at once.
 """
 
+import logging
 import threading
 import time
 from collections import Counter
@@ -17,11 +18,18 @@ import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
 from joinwise.actors.kv.blocks import KvBlocks
-from joinwise.actors.kv.frames import FrameRefused
+from joinwise.actors.kv.frames import FrameRefusedError
 from joinwise.actors.kv.receiving import FetchReport, FetchSpec, Importer, LandingBudget
 from joinwise.actors.kv.sending import SendTable, SendTransfer
 from joinwise.actors.kv.transports.grpc import KvClient, KvServer
 from joinwise.actors.vllm.connector.metadata import OpenReceive, StepMetadata
+
+logger = logging.getLogger(__name__)
+
+_FETCH_THREADS = 1024
+"""A fetch that waits for its prefill holds a thread, and one queued behind it holds its sender's blocks."""
+
+_STOPPED = {"abort": "the request was aborted", "fail": "the sender has failed"}
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,8 @@ class KvSettings:
     frame_bytes: int = 1 << 20
     landing_bytes: int = 64 << 20
     lease_s: float = 60.0
-    max_streams: int = 64
+    max_streams: int = 1024
+    """Streams open at once, those that wait for their prefill included; see `KvServer`."""
     model_digest: str = ""
     interior: str = ""
 
@@ -43,7 +52,7 @@ class _Receive:
     call: grpc.Call | None = None
     outcome: FetchReport | None = None
     stopped: str = ""
-    """"abort" or "fail": what the scheduler half said."""
+    """ "abort" or "fail": what the scheduler half said. Set only after the fence."""
 
 
 class WorkerConnector:
@@ -72,7 +81,8 @@ class WorkerConnector:
         self._budget = LandingBudget(settings.landing_bytes)
         self._receives: dict[str, _Receive] = {}
         self._released: set[str] = set()
-        self._pool = ThreadPoolExecutor(settings.max_streams, thread_name_prefix="kv-fetch")
+        self._fetching = 0
+        self._pool = ThreadPoolExecutor(_FETCH_THREADS, thread_name_prefix="kv-fetch")
         self._lock = threading.Lock()
         self._layer_index: dict[str, int] = {}
         self._step: list[tuple[SendTransfer, int]] = []
@@ -87,7 +97,7 @@ class WorkerConnector:
         """Take vLLM's cache tensors and open the KV port.
 
         Raises:
-            UnsupportedKvCache: a layer whose cache cannot be shipped.
+            UnsupportedKvCacheError: a layer whose cache cannot be shipped.
         """
         settings = self._settings
         self.blocks = KvBlocks(
@@ -124,7 +134,7 @@ class WorkerConnector:
     @property
     def streams(self) -> int:
         """Open KV streams, both directions."""
-        return (self.server.open_streams if self.server else 0) + len(self._receives)
+        return (self.server.open_streams if self.server else 0) + self._fetching
 
     @property
     def landing_bytes(self) -> int:
@@ -139,7 +149,11 @@ class WorkerConnector:
             self._table.close(request_id, "preempted")
 
     def begin(self, metadata: StepMetadata) -> None:
-        """Open and advance senders. What was cached before this step is final in every layer."""
+        """Open senders, and note how far this step brings each.
+
+        Nothing is final here, not even a prefix-cache hit: vLLM shares blocks as soon as they are
+        scheduled, so the request that computes them may be in this very step.
+        """
         for send in metadata.open_sends:
             self._table.open(
                 SendTransfer(
@@ -148,7 +162,7 @@ class WorkerConnector:
                     epoch=send.epoch,
                     num_blocks=-(-send.num_tokens // self._block_size),
                     num_layers=len(self._layer_index),
-                    expires=time.monotonic() + self._settings.lease_s,
+                    lease_s=self._settings.lease_s,
                     num_tokens=send.num_tokens,
                 )
             )
@@ -160,14 +174,10 @@ class WorkerConnector:
             if transfer is None or transfer.closed:
                 continue
             transfer.block_ids = list(step.block_ids)
-            cached = self._final_blocks(transfer, step.ready_before)
-            if cached > transfer.ready[0]:
-                for layer in range(transfer.num_layers):
-                    self._table.advance(transfer, layer, cached)
             self._step.append((transfer, self._final_blocks(transfer, step.ready_after)))
 
     def layer_done(self, layer_name: str) -> None:
-        """The forward pass has written this layer's KV."""
+        """The forward pass has written this layer's KV, of all its requests."""
         layer = self._layer_index.get(layer_name)
         if layer is not None:
             for transfer, ready in self._step:
@@ -196,14 +206,15 @@ class WorkerConnector:
         results = KVConnectorTransferResults(finished_sending=self._table.take_releasable(time.monotonic()))
         with self._lock:
             for request_id, receive in list(self._receives.items()):
-                if receive.outcome is None:
+                # Stopped means fenced: it can be reported though its thread may not have noticed.
+                if receive.outcome is None and not receive.stopped:
                     continue
                 if receive.stopped != "abort" and request_id not in self._released:
                     continue
                 del self._receives[request_id]
                 self._released.discard(request_id)
                 results.finished_recving.add(request_id)
-                if receive.outcome.failure and receive.stopped != "abort":
+                if receive.stopped != "abort" and not receive.importer.complete:
                     results.failed_recving.add(request_id)
         return results
 
@@ -222,36 +233,48 @@ class WorkerConnector:
             timeout_s=request.timeout_s,
         )
         receive = _Receive(Importer(spec, self.blocks))
-        self._receives[request.request_id] = receive
+        with self._lock:
+            self._receives[request.request_id] = receive
+            self._fetching += 1
         self._pool.submit(self._fetch, receive)
 
     def _fetch(self, receive: _Receive) -> None:
         assert self._client is not None
-        spec = receive.importer.spec
-        report = FetchReport(spec.request_id, local_hit_blocks=spec.first_block)
+        importer = receive.importer
+        report = FetchReport(importer.spec.request_id, local_hit_blocks=importer.spec.first_block)
+        kind = "ended_early"
         try:
             if not receive.stopped:
                 report.bytes, report.wire_seconds, report.import_seconds = self._client.fetch(
-                    receive.importer, lambda call: self._attach(receive, call)
+                    importer, lambda call: self._attach(receive, call)
                 )
-                report.exposed_seconds = receive.importer.exposed_us / 1e6
-            if not receive.importer.complete:
-                report.failure = receive.stopped or "the stream ended early"
-        except FrameRefused as error:
-            self.counters[error.reason] += 1
-            report.failure = str(error)
+        except FrameRefusedError as error:
+            kind, report.failure = error.reason, str(error)
         except grpc.RpcError as error:
-            report.failure = receive.stopped or f"{error.code().name}: {error.details()}"
-            self.counters["stream_" + error.code().name.lower()] += 1
+            kind = f"stream_{error.code().name.lower()}"
+            report.failure = f"{error.code().name}: {error.details()}"
         except Exception as error:
-            report.failure = f"{type(error).__name__}: {error}"
-            self.counters["internal"] += 1
-        receive.importer.fence()
-        self.counters["failed" if report.failure else "completed"] += 1
+            logger.exception("fetch of %s", importer.spec.transfer_id)
+            kind, report.failure = "internal", f"{type(error).__name__}: {error}"
+        importer.fence()
         with self._lock:
+            if importer.complete:
+                report.failure = ""
+                report.exposed_seconds = importer.exposed_us / 1e6
+                self.counters["completed"] += 1
+            else:
+                self.counters["failed"] += 1
+                if receive.stopped:  # what its stream then said tells nothing
+                    report.failure = _STOPPED[receive.stopped]
+                else:
+                    report.failure = report.failure or "the stream ended early"
+                    self.counters[kind] += 1
             receive.outcome = report
-        self._on_report(report)
-        self._wake()
+            self._fetching -= 1
+        try:
+            self._on_report(report)
+        finally:
+            self._wake()
 
     def _attach(self, receive: _Receive, call: grpc.Call) -> None:
         with self._lock:
