@@ -1,0 +1,277 @@
+"""KV endpoints without engines: real sockets, real tensors, and a prefill that a test drives."""
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent import futures
+from dataclasses import dataclass, field
+
+import grpc
+import numpy as np
+import torch
+
+from joinwise.actors.kv.blocks import KvBlocks
+from joinwise.actors.kv.receiving import FetchSpec, Importer, LandingBudget
+from joinwise.actors.kv.sending import SendTable, SendTransfer
+from joinwise.actors.kv.transports.grpc import FETCH, LAYOUT, KvClient, KvServer
+from joinwise.proto import kv_pb2
+
+BLOCK_SIZE = 4
+LAYERS = {"layers.0": (2, 4, 8), "layers.1": (2, 4, 8), "layers.2": (1, 4, 8), "layers.3": (2, 4, 8)}
+
+
+def eventually(condition: Callable[[], bool], what: str, seconds: float = 10.0) -> None:
+    """Wait for a condition that other threads make true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0.002)
+
+
+def make_caches(num_blocks: int, seed: int, layers: dict[str, tuple[int, ...]] = LAYERS) -> dict[str, torch.Tensor]:
+    """Cache tensors full of noise."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn((num_blocks, *shape), generator=generator) for name, shape in layers.items()}
+
+
+class Sender:
+    """A prefill worker: a table, a port, and a prefill that a test drives."""
+
+    def __init__(
+        self,
+        num_blocks: int = 64,
+        *,
+        seed: int = 1,
+        frame_bytes: int = 600,
+        claim_timeout_s: float = 5.0,
+        max_streams: int = 64,
+        bind: str = "127.0.0.1:0",
+        **layout: object,
+    ) -> None:
+        layers = layout.pop("layers", LAYERS)
+        self.caches = make_caches(num_blocks, seed, layers)  # type: ignore[arg-type]
+        self.idle_calls = 0
+        self.table = SendTable(self._on_idle)
+        self.blocks = KvBlocks(self.caches, **{**_LAYOUT, **layout})  # type: ignore[arg-type]
+        self.server = KvServer(
+            self.table,
+            self.blocks,
+            bind=bind,
+            frame_bytes=frame_bytes,
+            claim_timeout_s=claim_timeout_s,
+            max_streams=max_streams,
+        )
+        self._noise = np.random.default_rng(seed)
+
+    def _on_idle(self) -> None:
+        self.idle_calls += 1
+
+    def open(
+        self, name: str, block_ids: Iterable[int], *, epoch: int = 1, lease_s: float = 60.0, num_tokens: int = 0
+    ) -> SendTransfer:
+        """Open a transfer of these blocks; nothing is computed yet."""
+        ids = list(block_ids)
+        transfer = SendTransfer(
+            transfer_id=name,
+            request_id=f"{name}.p",
+            epoch=epoch,
+            num_blocks=len(ids),
+            num_layers=len(self.caches),
+            num_tokens=num_tokens or len(ids) * BLOCK_SIZE,
+            lease_s=lease_s,
+        )
+        transfer.block_ids = ids
+        self.table.open(transfer)
+        return transfer
+
+    def compute(self, transfer: SendTransfer, until: int | None = None, pause_s: float = 0.0) -> None:
+        """One forward pass: each layer writes its blocks, and only then says so.
+
+        Args:
+            transfer: whose prompt.
+            until: blocks that are final afterwards; all when None.
+            pause_s: seconds a layer takes.
+        """
+        until = transfer.num_blocks if until is None else until
+        for layer, cache in enumerate(self.caches.values()):
+            begin = transfer.ready[layer]
+            if pause_s:
+                time.sleep(pause_s)
+            for block in transfer.block_ids[begin:until]:
+                cache[block] = torch.from_numpy(self._noise.standard_normal(cache[block].shape))
+            self.table.advance(transfer, layer, until)
+
+    def finish(self, transfer: SendTransfer) -> None:
+        """VLLM has finished the request."""
+        self.table.end(transfer.request_id)
+
+    def content(self, transfer: SendTransfer) -> dict[str, torch.Tensor]:
+        """What the receiver must have, in prompt order."""
+        return {name: cache[transfer.block_ids].clone() for name, cache in self.caches.items()}
+
+    def sweep(self) -> set[str]:
+        """What an engine step does: free what is over."""
+        return self.table.take_releasable(time.monotonic())
+
+    def assert_idle(self) -> None:
+        """Nothing is held: no stream, no transfer."""
+        eventually(lambda: self.server.open_streams == 0, "streams end")
+        self.sweep()
+        assert self.table.held() == []
+
+    def stop(self) -> None:
+        """Close the port."""
+        self.server.stop()
+
+
+_LAYOUT = {"block_size": BLOCK_SIZE, "interior": "test", "model_digest": "model"}
+
+
+class Receiver:
+    """A decode worker: blocks to import into, a budget, channels."""
+
+    def __init__(self, num_blocks: int = 64, *, seed: int = 2, landing_bytes: int = 1 << 20, **layout: object) -> None:
+        layers = layout.pop("layers", LAYERS)
+        self.caches = make_caches(num_blocks, seed, layers)  # type: ignore[arg-type]
+        self.before = {name: cache.clone() for name, cache in self.caches.items()}
+        self.blocks = KvBlocks(self.caches, **{**_LAYOUT, **layout})  # type: ignore[arg-type]
+        self.budget = LandingBudget(landing_bytes)
+        self.client = KvClient(self.blocks, self.budget)
+
+    def fetch(
+        self,
+        name: str,
+        block_ids: Iterable[int],
+        peer: str,
+        *,
+        first_block: int = 0,
+        epoch: int = 1,
+        timeout_s: float = 20.0,
+        num_tokens: int = 0,
+    ) -> "Fetch":
+        """Begin a fetch on a thread of its own."""
+        ids = tuple(block_ids)
+        spec = FetchSpec(
+            request_id=f"{name}.d",
+            transfer_id=name,
+            epoch=epoch,
+            peer=peer,
+            first_block=first_block,
+            block_ids=ids,
+            num_tokens=num_tokens or (first_block + len(ids)) * BLOCK_SIZE,
+            timeout_s=timeout_s,
+        )
+        return Fetch(self, Importer(spec, self.blocks))
+
+    def expect(self, transfer: dict[str, torch.Tensor], block_ids: Iterable[int], first_block: int = 0) -> None:
+        """These blocks hold the transfer's content from `first_block` on: part of what must be there."""
+        for name, content in transfer.items():
+            self.before[name][list(block_ids)] = content[first_block:]
+
+    def assert_cache(self) -> None:
+        """Every byte is where it was expected, and nothing else has changed."""
+        for name, cache in self.caches.items():
+            wrong = (cache != self.before[name]).flatten(1).any(1).nonzero().flatten().tolist()
+            assert not wrong, f"{name}: blocks {wrong} are not as expected"
+
+    def assert_unchanged_but(self, block_ids: Iterable[int]) -> None:
+        """Nothing outside these blocks has changed."""
+        for name, cache in self.caches.items():
+            cache[list(block_ids)] = self.before[name][list(block_ids)]
+        self.assert_cache()
+
+    def assert_idle(self) -> None:
+        """Nothing lies between the wire and its blocks."""
+        assert self.budget.used == 0
+
+    def stop(self) -> None:
+        """Close the channels."""
+        self.client.close()
+
+
+@dataclass
+class Fetch:
+    """One fetch under way."""
+
+    receiver: Receiver
+    importer: Importer
+    call: grpc.Call | None = None
+    error: Exception | None = None
+    bytes: int = 0
+    thread: threading.Thread = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.bytes, _, _ = self.receiver.client.fetch(self.importer, self._attach)
+        except Exception as error:
+            self.error = error
+
+    def _attach(self, call: grpc.Call) -> None:
+        self.call = call
+
+    def join(self, seconds: float = 20.0) -> Exception | None:
+        """Wait for its end; the error that ended it."""
+        self.thread.join(seconds)
+        assert not self.thread.is_alive(), "the fetch hangs"
+        return self.error
+
+    def succeed(self) -> None:
+        """Wait for its end, which must be a good one."""
+        error = self.join()
+        assert error is None, error
+        assert self.importer.complete
+
+    def fail(self, code: grpc.StatusCode | None = None) -> Exception:
+        """Wait for its end, which must be a bad one; its error."""
+        error = self.join()
+        assert error is not None
+        assert not self.importer.complete
+        if code is not None:
+            assert isinstance(error, grpc.RpcError)
+            assert error.code() is code, error
+        return error
+
+
+class FrameProxy:
+    """Stands between two workers and does to raw frames what a bad wire or peer would.
+
+    Args:
+        upstream: the real sender's address.
+        tamper: gets all frames of a transfer, gives those to pass on.
+    """
+
+    def __init__(self, upstream: str, tamper: Callable[[list[bytes]], Iterable[bytes]]) -> None:
+        self._channel = grpc.insecure_channel(upstream)
+        self._tamper = tamper
+        self.fired = 0
+        self._server = grpc.server(futures.ThreadPoolExecutor(8))
+        self._server.add_generic_rpc_handlers((self,))  # type: ignore[arg-type]
+        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        self._server.start()
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+        """Grpc's hook."""
+        if details.method == LAYOUT:
+            return grpc.unary_unary_rpc_method_handler(self._layout)
+        if details.method == FETCH:
+            return grpc.unary_stream_rpc_method_handler(self._fetch, kv_pb2.FetchRequest.FromString)
+        return None
+
+    def stop(self) -> None:
+        """Close the port."""
+        self._server.stop(None).wait()
+        self._channel.close()
+
+    def _layout(self, request: bytes, context: grpc.ServicerContext) -> bytes:
+        return self._channel.unary_unary(LAYOUT)(request, timeout=5)
+
+    def _fetch(self, request: kv_pb2.FetchRequest, context: grpc.ServicerContext) -> Iterable[bytes]:
+        fetch = self._channel.unary_stream(FETCH, kv_pb2.FetchRequest.SerializeToString)
+        frames = list(fetch(request, timeout=5))
+        changed = list(self._tamper(frames))
+        self.fired += changed != frames
+        yield from changed
