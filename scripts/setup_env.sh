@@ -47,7 +47,8 @@ install_cpu_torch() {
     if "$venv/bin/python" -m pip install --dry-run --quiet --no-deps "$wanted" >/dev/null 2>&1; then
         source=()
     else
-        source=(--index-url "${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}")
+        [ -n "${TORCH_CPU_INDEX:-}" ] || fail "pip's indexes carry no $wanted: set TORCH_CPU_INDEX to the address of PyTorch's CPU wheels (PyTorch's installation page names it)"
+        source=(--index-url "$TORCH_CPU_INDEX")
     fi
     "$venv/bin/python" -m pip install --no-deps "${source[@]}" "$wanted"
 }

@@ -42,9 +42,9 @@ def worker_config(model_path: str, engine: dict[str, Any]) -> VllmConfig:
     return _config(model_path, {**defaults, **engine, **ours})
 
 
-def gateway_config(model_path: str, engine: dict[str, Any]) -> VllmConfig:
+def gateway_config(model_path: str, engine: dict[str, Any], served_names: list[str]) -> VllmConfig:
     """Configuration of a front end: the same model and limits, no engine behind it here."""
-    return _config(model_path, {**engine, "async_scheduling": False})
+    return _config(model_path, {**engine, "async_scheduling": False, "served_model_name": served_names})
 
 
 def _config(model_path: str, arguments: dict[str, Any]) -> VllmConfig:

@@ -29,6 +29,7 @@ from joinwise.actors.vllm.handoff import Handoff, set_replay
 logger = logging.getLogger(__name__)
 
 _IDLE_WAIT_S = 0.005
+_MEANINGFUL_PREFILL = 32
 UTILITIES = ("add_lora", "remove_lora", "pin_lora", "list_loras", "reset_prefix_cache")
 
 
@@ -57,6 +58,7 @@ class EngineLoop:
         self._owners: dict[int, set[str]] = defaultdict(set)
         self.last_step_at = time.monotonic()
         self.decode_step_s = 0.0
+        self.prefill_tokens_per_s = 0.0
         self.stats: SchedulerStats | None = None
         connector.host.wake = self._wake.set
         self.core = EngineCore(config, Executor.get_class(config), log_stats=True)
@@ -110,6 +112,10 @@ class EngineLoop:
         self._submit(run)
         return future
 
+    def stuck_for(self) -> float:
+        """Seconds since the last step, while there is work; 0 on an idle engine."""
+        return time.monotonic() - self.last_step_at if self.core.scheduler.has_unfinished_requests() else 0.0
+
     @property
     def alive(self) -> bool:
         """Whether the engine still steps."""
@@ -156,10 +162,17 @@ class EngineLoop:
                 if each.finish_reason is not None:
                     self._owners[slot].discard(each.request_id)
             if output.outputs:
-                if all(len(each.new_token_ids) and each.prefill_stats is None for each in output.outputs):
-                    self.decode_step_s += 0.1 * (self.last_step_at - begin - self.decode_step_s)
+                self._measure(output, self.last_step_at - begin)
                 self._on_outputs(slot, output)
         return executed
+
+    def _measure(self, output: EngineCoreOutputs, seconds: float) -> None:
+        """Smooth the time of decode steps, and the speed of steps that prefill."""
+        prompts = [each.prefill_stats.num_computed_tokens for each in output.outputs if each.prefill_stats]
+        if not prompts:
+            self.decode_step_s += 0.1 * (seconds - self.decode_step_s)
+        elif (tokens := sum(prompts)) >= _MEANINGFUL_PREFILL:
+            self.prefill_tokens_per_s += 0.2 * (tokens / seconds - self.prefill_tokens_per_s)
 
     def _record(self, stats: SchedulerStats) -> None:
         self.stats = stats

@@ -1,0 +1,265 @@
+"""The engine actor: one class for every role.
+
+Builds one vLLM engine, serves gateways and peers, registers, and says every second how loaded it
+is. Knows nothing of Ray: `ray_api.py` runs it as an actor, tests run it in a process.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import grpc
+import prometheus_client
+import vllm
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from vllm.config import VllmConfig
+from vllm.lora.request import LoRARequest
+
+from joinwise.actors import cpu
+from joinwise.actors.engine_service import PROTOCOL_VERSION, EngineService, WorkerIdentity
+from joinwise.actors.models import resolve_model
+from joinwise.actors.vllm import build, connector
+from joinwise.actors.vllm.connector.worker import KvSettings
+from joinwise.actors.vllm.engine_loop import EngineLoop
+from joinwise.cluster.config import JoinwiseConfig
+from joinwise.cluster.errors import JoinwiseError, StoreUnavailableError
+from joinwise.cluster.router.registry import Registry, WorkerInfo, WorkerLoad
+from joinwise.cluster.store.client import connect
+from joinwise.proto import engine_pb2, engine_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+_STUCK_S = 60.0
+_SERVICE = engine_pb2.DESCRIPTOR.services_by_name["EngineService"].full_name
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """What one worker needs to know to start.
+
+    Attributes:
+        pool: name of its pool.
+        worker_id: unique in the cluster.
+        cores: CPU cores to run on; empty leaves that to the system.
+        host: address to listen on and to register.
+    """
+
+    pool: str
+    worker_id: str
+    cores: tuple[int, ...] = ()
+    host: str = "127.0.0.1"
+
+
+class EngineWorker:
+    """One engine and everything around it. All methods run on one event loop."""
+
+    def __init__(self, config: JoinwiseConfig, spec: WorkerSpec, redis_url: str) -> None:
+        self._config = config
+        self._spec = spec
+        self._pool = next(pool for pool in config.pools if pool.name == spec.pool)
+        self._model = config.model_named(self._pool.model)
+        self._redis = connect(redis_url, config.redis)
+        self._registry = Registry(self._redis, config.cluster, config.router)
+        self._service: EngineService | None = None
+        self._engine: EngineLoop | None = None
+        self._server: grpc.aio.Server | None = None
+        self._health: health.aio.HealthServicer | None = None
+        self._info: WorkerInfo | None = None
+        self._heart: asyncio.Task[None] | None = None
+        self._dead: BaseException | None = None
+
+    async def start(self) -> dict[str, Any]:
+        """Build the engine and register it.
+
+        Returns:
+            Worker id, epoch and addresses.
+
+        Raises:
+            ConfigError: vLLM refuses the pool's engine arguments.
+            RegistrationRefusedError: the cluster runs another model or KV layout under this name.
+        """
+        begin = time.monotonic()
+        cpu.pin(self._spec.cores)
+        model = await asyncio.to_thread(resolve_model, self._model.model, revision=self._model.revision)
+        arguments = self._config.engine_arguments(self._pool)
+        self._service = EngineService(WorkerIdentity(self._config.cluster, self._spec.worker_id, 0))
+        config = await asyncio.to_thread(build.worker_config, str(model.path), arguments)
+        self._engine = await asyncio.to_thread(self._build_engine, config, model.digest)
+        self._service.bind(self._engine)
+        self._engine.start()
+        address = await self._serve()
+        self._info = self._describe(config, model.digest, address)
+        await self._register()
+        self._heart = asyncio.create_task(self._beat())
+        logger.info("worker %s is ready after %.1f s", self._spec.worker_id, time.monotonic() - begin)
+        return {
+            "worker_id": self._info.worker_id,
+            "epoch": self._service.identity.epoch,
+            "engine_address": address,
+            "kv_address": self._info.kv_address,
+            "metrics_address": self._info.metrics_address,
+            "pid": os.getpid(),
+        }
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """Leave: no new work, let what runs end for up to `drain_s` seconds, then close everything."""
+        if self._heart is not None:
+            self._heart.cancel()
+        if self._info is not None and self._service is not None:
+            with contextlib.suppress(JoinwiseError):
+                await self._registry.deregister(self._info.worker_id, self._service.identity.epoch)
+        if self._health is not None:
+            await self._health.enter_graceful_shutdown()
+        deadline = time.monotonic() + drain_s
+        while self._engine is not None and time.monotonic() < deadline and await self._busy():
+            await asyncio.sleep(0.05)
+        if self._server is not None:
+            await self._server.stop(0.2)
+        if self._engine is not None:
+            await asyncio.to_thread(self._engine.stop)
+        await self._redis.aclose()
+
+    def failure(self) -> str:
+        """Why this worker is sick; empty when it is well. An engine that has work and steps no more is sick."""
+        if self._dead is not None:
+            return f"the engine has died: {self._dead}"
+        engine = self._engine
+        if engine is not None and not engine.alive:
+            return "the engine's thread has ended"
+        if engine is not None and engine.stuck_for() > _STUCK_S:
+            return f"the engine has not stepped for {engine.stuck_for():.0f} s"
+        return ""
+
+    # Inside.
+
+    def _build_engine(self, config: VllmConfig, digest: str) -> EngineLoop:
+        assert self._service is not None
+        kv = self._config.kv
+        connector.host.settings = KvSettings(
+            bind=f"{self._spec.host}:0",
+            frame_bytes=kv.frame_bytes,
+            landing_bytes=kv.landing_bytes,
+            lease_s=kv.lease_s,
+            max_streams=max(8, 2 * config.scheduler_config.max_num_seqs),
+            model_digest=digest,
+            interior=build.interior_of(config),
+        )
+        connector.host.on_report = self._service.on_report
+        return EngineLoop(config, on_outputs=self._service.on_outputs, on_dead=self._on_dead)
+
+    def _on_dead(self, error: BaseException) -> None:
+        self._dead = error
+        assert self._service is not None
+        self._service.on_dead(error)
+
+    async def _serve(self) -> str:
+        assert self._service is not None
+        self._server = grpc.aio.server(
+            options=[
+                ("grpc.max_receive_message_length", 64 << 20),
+                ("grpc.max_send_message_length", 64 << 20),
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+            ]
+        )
+        engine_pb2_grpc.add_EngineServiceServicer_to_server(self._service, self._server)
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        port = self._server.add_insecure_port(f"{self._spec.host}:0")
+        await self._server.start()
+        for name in ("", _SERVICE):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        return f"{self._spec.host}:{port}"
+
+    def _describe(self, config: VllmConfig, digest: str, address: str) -> WorkerInfo:
+        worker = connector.host.worker
+        assert worker is not None, "the connector is built with the engine"
+        assert worker.blocks is not None, "vLLM registers its caches while it starts"
+        assert worker.server is not None, "the KV port opens with them"
+        metrics, _ = prometheus_client.start_http_server(0, addr=self._spec.host)
+        scheduler, cache = config.scheduler_config, config.cache_config
+        parallel = config.parallel_config.tensor_parallel_size
+        facts = [digest, str(config.model_config.dtype), cache.block_size, scheduler.max_num_seqs, parallel]
+        facts += [scheduler.max_num_batched_tokens, config.model_config.max_model_len]
+        return WorkerInfo(
+            worker_id=self._spec.worker_id,
+            epoch=0,
+            model=self._model.public_name,
+            pool=self._pool.name,
+            role=self._pool.role,
+            fingerprint=hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16],
+            model_digest=digest,
+            engine_address=address,
+            kv_address=worker.server.address,
+            metrics_address=f"{self._spec.host}:{metrics.server_port}",
+            capabilities=frozenset({"replay", "kv_grpc"}),
+            kv_layout=worker.blocks.digest,
+            max_model_len=config.model_config.max_model_len,
+            block_size=cache.block_size,
+            num_blocks=cache.num_gpu_blocks or 0,
+            max_num_seqs=scheduler.max_num_seqs,
+            adapters=frozenset(),
+            vllm_version=vllm.__version__,
+            protocol_version=PROTOCOL_VERSION,
+            started_ms=int(time.time() * 1000),
+        )
+
+    async def _register(self) -> None:
+        """Load the cluster's adapters, then become routable."""
+        assert self._info is not None
+        assert self._service is not None
+        self._info = replace(self._info, adapters=await self._load_adapters())
+        epoch = await self._registry.register(self._info)
+        self._service.identity = WorkerIdentity(self._config.cluster, self._spec.worker_id, epoch)
+
+    async def _load_adapters(self) -> frozenset[str]:
+        """Adapters that the cluster serves are here before the first request can be."""
+        assert self._engine is not None
+        adapters = await self._registry.adapters(self._model.public_name)
+        for adapter in adapters:
+            lora = LoRARequest(adapter.name, adapter.lora_id, adapter.path)
+            await asyncio.wrap_future(self._engine.utility("add_lora", [lora]))
+        return frozenset(adapter.name for adapter in adapters)
+
+    async def _beat(self) -> None:
+        """Heartbeats; after a Redis that has lost its data, register again."""
+        assert self._info is not None
+        assert self._service is not None
+        while not self.failure():
+            try:
+                epoch = self._service.identity.epoch
+                if not await self._registry.heartbeat(self._info.worker_id, epoch, self._load()):
+                    logger.warning("the registry does not know this worker any more: registering again")
+                    await self._register()
+            except StoreUnavailableError as error:
+                logger.warning("heartbeat failed: %s", error)
+            except JoinwiseError:
+                logger.exception("the cluster refuses this worker")
+            await asyncio.sleep(self._config.router.heartbeat_s)
+        logger.error("worker %s is sick: %s", self._spec.worker_id, self.failure())
+
+    def _load(self) -> WorkerLoad:
+        assert self._engine is not None
+        scheduler = self._engine.core.scheduler
+        running, waiting = scheduler.get_request_counts()
+        pool = scheduler.kv_cache_manager.block_pool
+        return WorkerLoad(
+            running=running,
+            waiting=waiting,
+            kv_blocks_free=pool.get_num_free_blocks(),
+            kv_blocks_total=pool.num_gpu_blocks - 1,
+            decode_step_ms=self._engine.decode_step_s * 1000,
+            prefill_tokens_per_s=self._engine.prefill_tokens_per_s,
+        )
+
+    async def _busy(self) -> bool:
+        assert self._engine is not None
+        return await asyncio.wrap_future(self._engine.between_steps(self._engine.core.scheduler.has_requests))

@@ -1,0 +1,283 @@
+"""One gateway: vLLM's front end over the cluster, with its HTTP and gRPC listeners.
+
+Owns its Redis client, its links to workers, and the two background jobs that keep leases alive and
+bury the dead. Stateless: another gateway, or this one restarted, knows as much.
+"""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import socket
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from prometheus_client import REGISTRY, Gauge
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from joinwise.actors.gateway.front import Front, error_body, error_headers
+from joinwise.actors.gateway.grpc_server import GrpcOptions, GrpcServer, serve_grpc
+from joinwise.actors.gateway.inference import InferenceService
+from joinwise.actors.gateway.ledgers import Ledgers
+from joinwise.actors.gateway.links import Links
+from joinwise.actors.gateway.tickets import TicketOffice
+from joinwise.actors.gateway.utilities import Utilities
+from joinwise.actors.models import resolve_model
+from joinwise.actors.vllm.build import gateway_config
+from joinwise.actors.vllm.core_client import ClusterCore
+from joinwise.actors.vllm.llm import ClusterLLM, cluster_llm
+from joinwise.cluster.client.types import ClusterStatus, WorkerStatus
+from joinwise.cluster.config import JoinwiseConfig
+from joinwise.cluster.errors import ConfigError, JoinwiseError, NoWorkerError
+from joinwise.cluster.router.registry import Registry, WorkerInfo
+from joinwise.cluster.router.router import Router
+from joinwise.cluster.store.client import connect
+
+logger = logging.getLogger(__name__)
+
+_JOIN_POLL_S = 0.2
+_RUNNING = Gauge("joinwise:requests_running", "Requests that have not ended")
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where a gateway listens."""
+
+    http: str
+    grpc: str
+
+
+class Gateway:
+    """A gateway of one cluster, for its one model.
+
+    Args:
+        config: the cluster's configuration.
+        redis_url: the cluster's Redis, the embedded one's address included.
+    """
+
+    def __init__(self, config: JoinwiseConfig, redis_url: str) -> None:
+        if len(config.models) != 1:
+            raise ConfigError("one cluster serves one model for now: start one cluster per model")
+        self._config = config
+        self._model = config.models[0]
+        self.gateway_id = f"{socket.gethostname()}-{secrets.token_hex(4)}"
+        self._redis = connect(redis_url, config.redis)
+        self._registry = Registry(self._redis, config.cluster, config.router)
+        self._router = Router(self._redis, config.cluster, config.router)
+        self._ledgers = Ledgers(REGISTRY)
+        self._jobs: list[asyncio.Task[None]] = []
+        self._http: uvicorn.Server | None = None
+        self._http_task: asyncio.Task[None] | None = None
+        self._grpc: GrpcServer | None = None
+        self._service: InferenceService | None = None
+        self._links: Links | None = None
+        self._core: ClusterCore | None = None
+        self._llm: ClusterLLM | None = None
+
+    async def build(self) -> Any:
+        """Make the ASGI application; waits for a worker, whose limits the front end takes over.
+
+        Raises:
+            NoWorkerError: no worker has registered within `ray.start_timeout_s`.
+            JoinwiseError: Redis or the model cannot be reached.
+        """
+        config, name = self._config, self._model.public_name
+        model = await asyncio.to_thread(resolve_model, self._model.model, revision=self._model.revision)
+        worker = await self._first_worker(name)
+        if worker.model_digest != model.digest:
+            raise ConfigError(
+                f"workers serve {name!r} with other files (digest {worker.model_digest}) than this gateway's"
+            )
+        self._links = Links(config.cluster, self.gateway_id, on_message=self._on_message, on_lost=self._on_lost)
+        utilities = Utilities(self._registry, self._links, name)
+        self._core = ClusterCore(
+            self._router,
+            self._links,
+            utilities,
+            on_ledger=self._ledgers.add,
+            transfer_timeout_s=config.kv.transfer_timeout_s,
+        )
+        arguments = {**config.engine_arguments(self._serving_pool()), "max_model_len": worker.max_model_len}
+        vllm_config = await asyncio.to_thread(gateway_config, str(model.path), arguments, [name])
+        self._llm = cluster_llm(vllm_config, self._core, TicketOffice(self._router, name))
+        args = self._front_end_args(str(model.path), name, worker.max_model_len)
+        app: FastAPI = build_app(args, ("generate",), vllm_config.model_config)
+        app.add_exception_handler(JoinwiseError, _on_error)
+        await init_app_state(self._llm, app.state, args, ("generate",))
+        self._service = InferenceService(app.state, status=self._status, ledger=self._ledger_of)
+        _RUNNING.set_function(lambda: len(self.running()))
+        self._jobs = [asyncio.create_task(self._renew()), asyncio.create_task(self._expire())]
+        return Front(app, self._ledgers, max_body_bytes=config.gateway.max_body_bytes)
+
+    async def start(self) -> Addresses:
+        """Build, and open both listeners."""
+        app = await self.build()
+        gateway = self._config.gateway
+        listener = _listen(gateway.host, gateway.http_port)
+        tls = gateway.tls
+        self._http = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                log_level="warning",
+                access_log=False,
+                lifespan="off",
+                timeout_keep_alive=75,
+                ssl_certfile=tls.cert if tls else None,
+                ssl_keyfile=tls.key if tls else None,
+                ssl_ca_certs=tls.ca if tls else None,
+            )
+        )
+        self._http.install_signal_handlers = lambda: None  # type: ignore[method-assign]
+        self._http_task = asyncio.create_task(self._http.serve(sockets=[listener]))
+        grpc_address = await self.start_grpc()
+        scheme = "https" if tls else "http"
+        return Addresses(f"{scheme}://{gateway.host}:{listener.getsockname()[1]}", grpc_address)
+
+    async def start_grpc(self) -> str:
+        """Open the gRPC listener alone; returns its address."""
+        assert self._service is not None, "build() comes first"
+        gateway, tls = self._config.gateway, self._config.gateway.tls
+        self._grpc = await serve_grpc(
+            self._service,
+            GrpcOptions(
+                host=gateway.host,
+                port=gateway.grpc_port,
+                max_body_bytes=gateway.max_body_bytes,
+                tls_certificate=tls.cert if tls else None,
+                tls_key=tls.key if tls else None,
+                tls_client_ca=tls.ca if tls else None,
+                tokens=gateway.api_keys,
+            ),
+        )
+        return f"{gateway.host}:{self._grpc.port}"
+
+    async def stop(self) -> None:
+        """Let running requests end, then close everything."""
+        grace = self._config.gateway.drain_s
+        if self._grpc is not None:
+            await self._grpc.stop(grace)
+        if self._http is not None and self._http_task is not None:
+            self._http.config.timeout_graceful_shutdown = int(grace)
+            self._http.should_exit = True
+            await self._http_task
+        for job in self._jobs:
+            job.cancel()
+        if self._core is not None:
+            for assignment in self._core.assignments():
+                await self._router.settle(assignment)
+        if self._llm is not None:
+            self._llm.shutdown()
+        if self._links is not None:
+            await self._links.close()
+        await self._redis.aclose()
+
+    def running(self) -> list[str]:
+        """Ids of requests that have not ended, for `assert_idle`."""
+        return self._core.running if self._core is not None else []
+
+    # Inside.
+
+    def _on_message(self, *args: Any) -> None:
+        assert self._core is not None
+        self._core.on_message(*args)
+
+    async def _on_lost(self, *args: Any) -> None:
+        assert self._core is not None
+        await self._core.on_lost(*args)
+
+    def _serving_pool(self) -> Any:
+        pools = [pool for pool in self._config.pools if pool.model == self._model.name]
+        return next((pool for pool in pools if pool.role != "prefill"), pools[0])
+
+    def _front_end_args(self, path: str, name: str, max_model_len: int) -> Any:
+        """vLLM's own arguments of its own front end."""
+        gateway = self._config.gateway
+        argv = ["--model", path, "--served-model-name", name, "--max-model-len", str(max_model_len)]
+        argv += ["--enable-request-id-headers", "--enable-prompt-tokens-details"]
+        if gateway.api_keys:
+            argv += ["--api-key", *gateway.api_keys]
+        if gateway.chat_template:
+            argv += ["--chat-template", gateway.chat_template]
+        if gateway.enable_auto_tools:
+            argv += ["--enable-auto-tool-choice"]
+        if gateway.tool_parser:
+            argv += ["--tool-call-parser", gateway.tool_parser]
+        if gateway.reasoning_parser:
+            argv += ["--reasoning-parser", gateway.reasoning_parser]
+        parser = make_arg_parser(FlexibleArgumentParser())
+        args = parser.parse_args(argv)
+        for key, value in gateway.vllm_args.items():
+            if not hasattr(args, key.replace("-", "_")):
+                raise ConfigError(f"gateway.vllm_args: vLLM's front end has no argument {key!r}")
+            setattr(args, key.replace("-", "_"), value)
+        if gateway.default_max_tokens is not None:
+            args.override_generation_config = {
+                **(args.override_generation_config or {}),
+                "max_new_tokens": gateway.default_max_tokens,
+            }
+        return args
+
+    async def _first_worker(self, model: str) -> WorkerInfo:
+        deadline = time.monotonic() + self._config.ray.start_timeout_s
+        while time.monotonic() < deadline:
+            for worker in await self._registry.list():
+                if worker.model == model:
+                    return worker
+            await asyncio.sleep(_JOIN_POLL_S)
+        raise NoWorkerError(f"no worker of {model!r} has registered: see `joinwise status` and the workers' logs")
+
+    async def _renew(self) -> None:
+        """Keep the leases of running requests alive."""
+        while True:
+            await asyncio.sleep(self._config.router.lease_s / 3)
+            with contextlib.suppress(JoinwiseError):
+                if self._core is not None and (assignments := self._core.assignments()):
+                    await self._router.renew(assignments)
+
+    async def _expire(self) -> None:
+        """Bury leases that nobody renews, and workers that have gone silent."""
+        while True:
+            await asyncio.sleep(self._config.router.heartbeat_s)
+            with contextlib.suppress(JoinwiseError):
+                await self._router.expire()
+
+    async def _ledger_of(self, request_id: str) -> bytes | None:
+        kept = [ledger.to_json() for ledger in self._ledgers.of_call(request_id)]
+        if not kept:
+            return None
+        return (kept[0] if len(kept) == 1 else f"[{','.join(kept)}]").encode()
+
+    async def _status(self) -> ClusterStatus:
+        snapshot = await self._router.snapshot()
+        return ClusterStatus(
+            cluster=self._config.cluster,
+            workers=tuple(WorkerStatus(**worker) for worker in snapshot["workers"]),
+            leases=snapshot["leases"],
+        )
+
+
+async def _on_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, JoinwiseError)
+    return JSONResponse(error_body(error), status_code=error.http_status, headers=error_headers(error))
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"the HTTP listener cannot bind {host}:{port}: {error.strerror}; is another cluster running? "
+            "Set gateway.http_port, or stop it with `joinwise down`"
+        ) from error
+    return listener

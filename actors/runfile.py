@@ -1,0 +1,89 @@
+"""The file that says which cluster runs on this machine: one launcher per cluster name.
+
+Held under an exclusive lock by the launcher, so that a second `joinwise up` is refused and a file
+left by a launcher that was killed is known to be stale. It may hold Redis' password: mode 0600.
+"""
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from joinwise.cluster import env
+from joinwise.cluster.errors import ConfigError
+
+
+@dataclass
+class RunFile:
+    """The launcher's own handle."""
+
+    path: Path
+    _file: IO[str]
+
+    @classmethod
+    @contextmanager
+    def claim(cls, cluster: str) -> Iterator["RunFile"]:
+        """Be the launcher of a cluster while the context is open.
+
+        Raises:
+            ConfigError: another launcher runs it.
+        """
+        path = run_path(cluster)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        with os.fdopen(descriptor, "r+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"cluster {cluster!r} runs on this machine already: use it, `joinwise down` it, "
+                    "or set another `cluster:` name"
+                ) from None
+            claimed = cls(path, file)
+            claimed._write({"pid": os.getpid(), "cluster": cluster, "started": time.time()})
+            try:
+                yield claimed
+            finally:
+                path.unlink(missing_ok=True)
+
+    def ready(self, addresses: dict[str, str], redis_url: str) -> None:
+        """Publish the addresses."""
+        self._write(read(self.path) | {"ready": True, "addresses": addresses, "redis_url": redis_url})
+
+    def _write(self, facts: dict[str, Any]) -> None:
+        self._file.seek(0)
+        self._file.truncate()
+        json.dump(facts, self._file)
+        self._file.flush()
+
+
+def run_path(cluster: str) -> Path:
+    """Where the file of a cluster is."""
+    return env.home(os.environ) / "run" / f"{cluster}.json"
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What a run file says; empty when it is missing or half written."""
+    try:
+        loaded = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def running(cluster: str) -> dict[str, Any]:
+    """Facts of the cluster's launcher on this machine; empty when none runs (a stale file is none)."""
+    path = run_path(cluster)
+    try:
+        with path.open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return read(path)
+    except OSError:
+        return {}
+    return {}

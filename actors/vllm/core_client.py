@@ -1,0 +1,368 @@
+"""`ClusterCore`: vLLM's front end believes it talks to one engine; behind it stands the cluster.
+
+Each `EngineCoreRequest` becomes one or two parts on workers, and the parts' outputs one stream
+again (`split.py`). A request that cannot go on ends with an ERROR output; `add_request_async` never
+raises, since vLLM would leak the request's state. A worker that is lost costs its requests nothing
+but time: a decode part moves to another worker with the tokens emitted so far, and a lost prefill
+lets the decode worker compute the prompt.
+"""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+from vllm.lora.request import LoRARequest
+from vllm.tasks import SupportedTask
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+from vllm.v1.engine.core_client import EngineCoreClient
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+from joinwise.actors.gateway.ledgers import LedgerBuilder
+from joinwise.actors.gateway.links import Links
+from joinwise.actors.gateway.tickets import active_ticket
+from joinwise.actors.gateway.utilities import Utilities
+from joinwise.actors.vllm import split
+from joinwise.actors.vllm.handoff import Handoff
+from joinwise.cluster.errors import JoinwiseError
+from joinwise.cluster.router.router import Assignment, Demand, Router, WorkerRef
+from joinwise.proto import engine_pb2
+
+logger = logging.getLogger(__name__)
+
+_MAX_ATTEMPTS = 3
+
+
+@dataclass
+class _Live:
+    """One request of vLLM's front end while it runs."""
+
+    request: EngineCoreRequest
+    assignment: Assignment
+    merge: split.Merge
+    ledger: LedgerBuilder
+    attempt: int = 0
+    prefill_id: str = ""
+    decode_id: str = ""
+    prefill_done: bool = False
+    lost_on: set[str] = field(default_factory=set)
+
+
+class ClusterCore(EngineCoreClient):
+    """The cluster as one engine. Lives on the gateway's event loop.
+
+    Args:
+        router: takes and settles leases.
+        links: streams to workers; `on_message` and `on_lost` must be ours (`bind`).
+        on_ledger: gets the finished ledger of every request.
+        transfer_timeout_s: bound of one KV transfer, the wait for prefill included.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        links: Links,
+        utilities: Utilities,
+        *,
+        on_ledger: Callable[[str, LedgerBuilder], None],
+        transfer_timeout_s: float,
+    ) -> None:
+        self.engine_ranks_managed = [0]
+        self.resources = SimpleNamespace(engine_dead=False)
+        self._router = router
+        self._links = links
+        self._utilities = utilities
+        self._on_ledger = on_ledger
+        self._transfer_timeout_s = transfer_timeout_s
+        self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
+        self._live: dict[str, _Live] = {}
+        self._background: set[asyncio.Task[Any]] = set()
+        self._encoder = MsgpackEncoder()
+        self._decoder = MsgpackDecoder(EngineCoreOutputs)
+
+    @property
+    def running(self) -> list[str]:
+        """Ids of requests that have not ended."""
+        return list(self._live)
+
+    def assignments(self) -> list[Assignment]:
+        """Leases in use, to be renewed."""
+        return [live.assignment for live in self._live.values()]
+
+    # What vLLM calls.
+
+    async def get_output_async(self) -> EngineCoreOutputs:
+        """Next outputs for the front end."""
+        return await self._outputs.get()
+
+    async def get_supported_tasks_async(self) -> tuple[SupportedTask, ...]:
+        """Text generation only."""
+        return ("generate",)
+
+    async def add_request_async(self, request: EngineCoreRequest) -> None:
+        """Start a request; never raises."""
+        ticket = active_ticket.get()
+        assignment = ticket.take() if ticket is not None else None
+        if ticket is None or assignment is None:
+            logger.error("request %s came without a lease", request.request_id)
+            self._emit_error(request.request_id)
+            return
+        assert request.sampling_params is not None
+        ledger = LedgerBuilder(
+            request_id=request.request_id,
+            call_id=request.external_req_id or request.request_id,
+            model=ticket.demands[0].model,
+            created=ticket.created,
+            routed_s=ticket.routed_s,
+            prompt_tokens=len(request.prompt_token_ids or ()),
+        )
+        live = _Live(request, assignment, split.Merge(request.sampling_params.max_tokens), ledger)
+        self._live[request.request_id] = live
+        ticket.started.append(request.request_id)
+        await self._start(live)
+
+    async def abort_requests_async(self, request_ids: list[str]) -> None:
+        """Abort every part of these requests."""
+        for request_id in request_ids:
+            live = self._live.get(request_id)
+            if live is not None:
+                self._abort_part(live.assignment.prefill, live.prefill_id)
+                self._abort_part(live.assignment.decode, live.decode_id)
+                self._end(live, "stop" if live.merge.emitted else "abort")
+
+    def dp_engines_running(self) -> bool:
+        """The gateway looks like one engine; data parallelism is the router's."""
+        return False
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """Nothing to stop: `Gateway` closes the links."""
+
+    # Utilities: all workers or none.
+
+    async def add_lora_async(self, lora_request: LoRARequest) -> bool:
+        """Load an adapter on every worker."""
+        return await self._utilities.add_lora(lora_request)
+
+    async def remove_lora_async(self, lora_id: int) -> bool:
+        """Unload an adapter everywhere."""
+        return await self._utilities.remove_lora(lora_id)
+
+    async def pin_lora_async(self, lora_id: int) -> bool:
+        """Pin an adapter everywhere."""
+        return await self._utilities.pin_lora(lora_id)
+
+    async def list_loras_async(self) -> set[int]:
+        """Adapters that every worker holds."""
+        return await self._utilities.list_loras()
+
+    async def reset_prefix_cache_async(
+        self, reset_running_requests: bool = False, reset_connector: bool = False
+    ) -> bool:
+        """Forget cached prefixes everywhere."""
+        return await self._utilities.reset_prefix_cache(reset_running_requests)
+
+    # What the links call.
+
+    def on_message(self, worker: WorkerRef, message: engine_pb2.AttachResponse) -> None:
+        """Outputs of one engine step, or the report of a transfer."""
+        kind = message.WhichOneof("message")
+        if kind == "frame":
+            self._on_frame(worker, self._decoder.decode(list(message.frame.outputs)))
+        elif kind == "transfer":
+            report = message.transfer
+            live = self._live.get(split.origin_of(report.request_id)[0])
+            if live is not None and live.decode_id == report.request_id:
+                live.ledger.transferred(report)
+
+    async def on_lost(self, worker: WorkerRef, reason: str) -> None:
+        """A worker is gone: go on without it."""
+        for live in list(self._live.values()):
+            decode = live.assignment.decode
+            if (decode.worker_id, decode.epoch) == (worker.worker_id, worker.epoch):
+                self._spawn(self._move(live, worker, reason))
+            elif live.assignment.prefill == worker and not live.prefill_done:
+                self._without_prefill(live, reason)
+
+    # Inside.
+
+    async def _start(self, live: _Live) -> None:
+        """Send the parts of a request to their workers."""
+        request, assignment = live.request, live.assignment
+        request_id = request.request_id
+        live.ledger.assigned(assignment, live.attempt)
+        prefill, decode = assignment.prefill, assignment.decode
+        live.decode_id = split.part_id(request_id, live.attempt, "d")
+        live.merge.to_skip = len(live.merge.emitted)
+        try:
+            if prefill is None:
+                part = split.decode_part(request, live.decode_id, None, live.merge.emitted)
+                (await self._links.get(decode)).send(self._add(part))
+                return
+            live.prefill_id = split.part_id(request_id, live.attempt, "p")
+            transfer_id = f"{request_id}.{live.attempt}.{secrets.token_hex(8)}"
+            epoch, timeout = assignment.lease_epoch, self._transfer_timeout_s
+            send = Handoff("send", transfer_id, epoch, timeout_s=timeout)
+            receive = Handoff("recv", transfer_id, epoch, prefill.kv_address, timeout)
+            to_prefill, to_decode = await self._both(prefill, decode)
+            if to_prefill is not None:
+                to_prefill.send(self._add(split.prefill_part(request, live.prefill_id, send)))
+            to_decode.send(self._add(split.decode_part(request, live.decode_id, receive, [])))
+            if to_prefill is None:
+                self._without_prefill(live, "no link")
+        except JoinwiseError as error:
+            await self._move(live, decode, str(error))
+        if request_id not in self._live:  # aborted while we connected
+            self._abort_part(prefill, live.prefill_id)
+            self._abort_part(decode, live.decode_id)
+
+    async def _both(self, prefill: WorkerRef, decode: WorkerRef) -> tuple[Any, Any]:
+        to_prefill, to_decode = await asyncio.gather(
+            self._links.get(prefill), self._links.get(decode), return_exceptions=True
+        )
+        if isinstance(to_decode, BaseException):
+            raise to_decode
+        return (None if isinstance(to_prefill, BaseException) else to_prefill), to_decode
+
+    def _on_frame(self, worker: WorkerRef, frame: EngineCoreOutputs) -> None:
+        now = time.monotonic()
+        shift = now - frame.timestamp
+        outputs = []
+        for output in frame.outputs:
+            split.shift_times(output, shift)
+            merged = self._merge(output, now)
+            if merged is not None:
+                outputs.append(merged)
+        if outputs:
+            self._outputs.put_nowait(EngineCoreOutputs(engine_index=0, outputs=outputs, timestamp=now))
+
+    def _merge(self, output: EngineCoreOutput, now: float) -> EngineCoreOutput | None:
+        worker_request_id = output.request_id
+        request_id, part = split.origin_of(worker_request_id)
+        live = self._live.get(request_id)
+        if live is None or worker_request_id not in (live.prefill_id, live.decode_id):
+            return None
+        merged: EngineCoreOutput | None
+        if part == "p":
+            if output.finish_reason is FinishReason.ERROR and not output.new_token_ids:
+                self._without_prefill(live, "the prefill worker could not run it")
+                return None
+            merged = live.merge.from_prefill(output)
+            if output.new_token_ids or merged.finish_reason is not None:
+                self._prefill_ended(live)
+        else:
+            skipping = live.merge.to_skip
+            merged = live.merge.from_decode(output, joined=live.prefill_done or live.attempt > 0)
+            live.ledger.replayed(skipping - live.merge.to_skip, now)
+        if merged is None:
+            return None
+        merged.request_id = request_id
+        live.ledger.produced(merged, now)
+        if live.merge.finished:
+            if part == "p":
+                self._abort_part(live.assignment.decode, live.decode_id)
+            self._end(live, str(merged.finish_reason))
+        return merged
+
+    def _prefill_ended(self, live: _Live) -> None:
+        """The first token is there: give it to the decode part, and the prefill worker its room back."""
+        live.prefill_done = True
+        if not live.merge.finished:
+            live.merge.to_skip = len(live.merge.emitted)
+            self._continue(live, recompute=False)
+        self._spawn(self._router.prefill_done(live.assignment))
+
+    def _without_prefill(self, live: _Live, reason: str) -> None:
+        logger.warning("request %s goes on without its prefill worker: %s", live.request.request_id, reason)
+        live.prefill_id = ""
+        live.ledger.recomputed = True
+        self._continue(live, recompute=True)
+        self._spawn(self._router.prefill_done(live.assignment))
+
+    def _continue(self, live: _Live, *, recompute: bool) -> None:
+        link = self._links.find(live.assignment.decode)
+        if link is not None:
+            message = engine_pb2.ContinueRequest(
+                request_id=live.decode_id,
+                epoch=live.assignment.lease_epoch,
+                replay_token_ids=live.merge.emitted,
+                recompute=recompute,
+            )
+            link.send(engine_pb2.AttachRequest(**{"continue": message}))
+
+    async def _move(self, live: _Live, lost: WorkerRef, reason: str) -> None:
+        """Go on elsewhere, with what has been emitted."""
+        request_id = live.request.request_id
+        if self._live.get(request_id) is not live:
+            return
+        self._abort_part(live.assignment.prefill, live.prefill_id)
+        await self._router.settle(live.assignment)
+        live.lost_on.add(lost.worker_id)
+        live.attempt += 1
+        if live.attempt >= _MAX_ATTEMPTS:
+            logger.error("request %s lost %d workers, giving up: %s", request_id, live.attempt, reason)
+            self._fail(live)
+            return
+        params = live.request.sampling_params
+        assert params is not None
+        try:
+            live.assignment = await self._router.route(
+                Demand(
+                    request_id=request_id,
+                    model=live.ledger.model,
+                    prompt_tokens=len(live.request.prompt_token_ids or ()) + len(live.merge.emitted),
+                    max_new_tokens=max(1, (params.max_tokens or 1) - len(live.merge.emitted)),
+                    whole=True,
+                    exclude=frozenset(live.lost_on),
+                )
+            )
+        except JoinwiseError as error:
+            logger.error("request %s cannot go on: %s", request_id, error)
+            self._fail(live)
+            return
+        if self._live.get(request_id) is not live:
+            await self._router.settle(live.assignment)
+            return
+        logger.warning("request %s moves to %s: %s", request_id, live.assignment.decode.worker_id, reason)
+        live.prefill_id = ""
+        live.ledger.recomputed = True
+        await self._start(live)
+
+    def _fail(self, live: _Live) -> None:
+        self._emit_error(live.request.request_id)
+        self._end(live, "error", settle=False)
+
+    def _emit_error(self, request_id: str) -> None:
+        output = EngineCoreOutput(request_id, [], finish_reason=FinishReason.ERROR)
+        self._outputs.put_nowait(EngineCoreOutputs(outputs=[output], timestamp=time.monotonic()))
+
+    def _end(self, live: _Live, reason: str, *, settle: bool = True) -> None:
+        if self._live.pop(live.request.request_id, None) is None:
+            return
+        live.ledger.finish(reason, time.monotonic())
+        self._on_ledger(live.request.request_id, live.ledger)
+        if settle:
+            self._spawn(self._router.settle(live.assignment))
+
+    def _abort_part(self, worker: WorkerRef | None, part: str) -> None:
+        link = self._links.find(worker) if worker is not None and part else None
+        if link is not None:
+            link.send(engine_pb2.AttachRequest(abort=engine_pb2.AbortRequests(request_ids=[part])))
+
+    def _add(self, request: EngineCoreRequest) -> engine_pb2.AttachRequest:
+        buffers: Sequence[Any] = self._encoder.encode(request)
+        return engine_pb2.AttachRequest(add=engine_pb2.AddRequest(request=[bytes(each) for each in buffers]))
+
+    def _spawn(self, work: Any) -> None:
+        """Run bookkeeping in the background; what it raises is logged, and leases expire by themselves."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: "asyncio.Task[Any]") -> None:
+        self._background.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.warning("background work failed: %s", error)

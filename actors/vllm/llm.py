@@ -1,0 +1,88 @@
+"""`ClusterLLM`: vLLM's `AsyncLLM` over `ClusterCore`, with a ticket for every call of `generate`."""
+
+from collections.abc import AsyncGenerator
+from typing import Any, cast
+
+from vllm.config import VllmConfig
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core_client import EngineCoreClient
+from vllm.v1.executor import Executor
+
+from joinwise.actors.gateway.tickets import Ticket, TicketOffice, active_ticket, call_tickets
+from joinwise.actors.vllm import split
+from joinwise.actors.vllm.core_client import ClusterCore
+from joinwise.cluster.errors import InvalidRequestError
+
+
+def cluster_llm(config: VllmConfig, core: ClusterCore, office: TicketOffice) -> "ClusterLLM":
+    """Build the front end over our core, in place of the client that vLLM would make.
+
+    Must be called on the event loop that will serve; nothing else may build an `AsyncLLM` meanwhile.
+    """
+    original = EngineCoreClient.make_async_mp_client
+    EngineCoreClient.make_async_mp_client = staticmethod(lambda *args, **kwargs: core)  # type: ignore[assignment]
+    try:
+        llm = ClusterLLM(config, Executor.get_class(config), log_stats=True, log_requests=False)
+    finally:
+        EngineCoreClient.make_async_mp_client = staticmethod(original)  # type: ignore[method-assign]
+    llm.office = office
+    return llm
+
+
+class ClusterLLM(AsyncLLM):
+    """An `EngineClient` whose requests are checked and routed before they are streamed."""
+
+    office: TicketOffice
+
+    def generate(  # type: ignore[override]  # vLLM's is an async generator; ours begins when it is called
+        self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Check the request at once and prepare its ticket; run when iterated.
+
+        Raises:
+            InvalidRequestError: what the cluster does not serve, or what only it may set.
+            vllm.exceptions.VLLMValidationError: what vLLM's own checks refuse.
+        """
+        ticket = self._ticket(prompt, sampling_params, request_id, kwargs.get("lora_request"))
+        tickets = call_tickets.get()
+        if tickets is not None:
+            tickets.append(ticket)
+        return self._run(ticket, super().generate(prompt, sampling_params, request_id, **kwargs))
+
+    async def _run(
+        self, ticket: Ticket, outputs: AsyncGenerator[RequestOutput, None]
+    ) -> AsyncGenerator[RequestOutput, None]:
+        try:
+            await ticket.admit()
+            token = active_ticket.set(ticket)
+            try:
+                first = await anext(outputs)  # the request is added to the core in here
+            finally:
+                active_ticket.reset(token)
+            yield first
+            async for output in outputs:
+                yield output
+        finally:
+            await outputs.aclose()
+            await ticket.settle()
+
+    def _ticket(self, prompt: Any, params: SamplingParams, request_id: str, lora: Any) -> Ticket:
+        if not isinstance(prompt, dict) or prompt.get("type") not in ("token", "embeds"):
+            kind = prompt.get("type", "unknown") if isinstance(prompt, dict) else type(prompt).__name__
+            raise InvalidRequestError(f"{kind} input is not supported: send text", request_id=request_id)
+        split.refuse_reserved(params)
+        # vLLM validates lazily, after a streaming response has begun; validate now, and on a copy.
+        checked = self.input_processor.process_inputs(
+            request_id, cast(Any, prompt), params, supported_tasks=("generate",), lora_request=lora
+        )
+        checked_params = checked.sampling_params
+        assert checked_params is not None
+        return self.office.ticket(
+            request_id=request_id,
+            prompt_tokens=len(checked.prompt_token_ids or ()) or 1,
+            max_new_tokens=checked_params.max_tokens or 1,
+            samples=params.n,
+            whole=bool(split.whole_reason(checked_params, has_embeds=checked.prompt_embeds is not None)),
+        )

@@ -1,0 +1,147 @@
+"""How one request becomes two, and two outputs one again: pure functions, no I/O.
+
+The rules are DESIGN.md's ("A request's life", 9). Ids on workers are `<id>.<attempt>.<p|d>`.
+"""
+
+import copy
+from dataclasses import dataclass, field
+
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreRequest, FinishReason
+
+from joinwise.actors.vllm.handoff import KV_TRANSFER_KEY, RESERVED_PREFIX, Handoff, set_replay
+from joinwise.cluster.errors import InvalidRequestError
+
+_RESERVED_KEYS = (KV_TRANSFER_KEY, "ec_transfer_params")
+
+
+def refuse_reserved(params: SamplingParams) -> None:
+    """Refuse what only joinwise may put into a request.
+
+    Raises:
+        InvalidRequestError: a reserved key in the client's extra arguments.
+    """
+    for key in params.extra_args or ():
+        if key in _RESERVED_KEYS or key.startswith(RESERVED_PREFIX):
+            raise InvalidRequestError(f"{key!r} belongs to the cluster and cannot be set by a client: leave it out")
+    if params.trace_decode_token_ids is not None:
+        raise InvalidRequestError("'trace_decode_token_ids' is not supported: leave it out")
+
+
+def whole_reason(params: SamplingParams, *, has_embeds: bool = False, resumable: bool = False) -> str:
+    """Why a request must run on one worker; empty when it may be split."""
+    if params.max_tokens == 1:
+        return "one token only"
+    if params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None:
+        return "prompt log probabilities"
+    if params.skip_reading_prefix_cache:
+        return "the prefix cache may not be read"
+    if has_embeds:
+        return "prompt embeddings"
+    if resumable:
+        return "streaming input"
+    if params.thinking_token_budget is not None:
+        return "a thinking budget counts from its own first token"
+    if params.routed_experts_prompt_start:
+        return "routed experts of the prompt"
+    return ""
+
+
+def part_id(request_id: str, attempt: int, part: str) -> str:
+    """Worker-side id of one part (`p` or `d`)."""
+    return f"{request_id}.{attempt}.{part}"
+
+
+def origin_of(worker_request_id: str) -> tuple[str, str]:
+    """Gateway-side id and part of a worker-side id."""
+    request_id, _, part = worker_request_id.rsplit(".", 2)
+    return request_id, part
+
+
+def prefill_part(request: EngineCoreRequest, part: str, handoff: Handoff) -> EngineCoreRequest:
+    """The copy that prefills: one token, then hand over."""
+    copied = _copy(request, part, handoff)
+    params = copied.sampling_params
+    assert params is not None
+    params.max_tokens = 1
+    params.min_tokens = min(params.min_tokens, 1)
+    return copied
+
+
+def decode_part(request: EngineCoreRequest, part: str, handoff: Handoff | None, replay: list[int]) -> EngineCoreRequest:
+    """The copy that decodes; without a hand-off it computes the prompt itself."""
+    copied = _copy(request, part, handoff)
+    if replay:
+        assert copied.sampling_params is not None
+        set_replay(copied.sampling_params, replay)
+    return copied
+
+
+def _copy(request: EngineCoreRequest, part: str, handoff: Handoff | None) -> EngineCoreRequest:
+    """Copy a request. Parameters are copied too: the children of n > 1 share one object."""
+    copied = copy.copy(request)
+    copied.request_id = part
+    params = copy.copy(request.sampling_params)
+    assert params is not None
+    params.extra_args = dict(params.extra_args or {})
+    if handoff is not None:
+        params.extra_args[KV_TRANSFER_KEY] = handoff.to_params()
+    copied.sampling_params = params
+    return copied
+
+
+@dataclass
+class Merge:
+    """Joins the outputs of one request's parts.
+
+    Attributes:
+        max_tokens: of the client's request.
+        emitted: tokens given to the client so far.
+        to_skip: replayed tokens that the decode part still has to repeat.
+    """
+
+    max_tokens: int | None
+    emitted: list[int] = field(default_factory=list)
+    to_skip: int = 0
+    finished: bool = False
+
+    def from_prefill(self, output: EngineCoreOutput) -> EngineCoreOutput:
+        """Prefill's first token, with its log probabilities and prompt statistics."""
+        output.kv_transfer_params = None
+        if output.finish_reason is FinishReason.LENGTH and self.max_tokens != 1 and output.new_token_ids:
+            output.finish_reason = None
+        self._keep(output)
+        return output
+
+    def from_decode(self, output: EngineCoreOutput, *, joined: bool) -> EngineCoreOutput | None:
+        """What of a decode output is new; None when nothing is.
+
+        Args:
+            output: of the decode part, changed in place.
+            joined: a prefill part has reported the prompt already.
+        """
+        output.kv_transfer_params = None
+        skipped = min(self.to_skip, len(output.new_token_ids))
+        if skipped:
+            self.to_skip -= skipped
+            output.new_token_ids = output.new_token_ids[skipped:]
+            if output.new_logprobs is not None:
+                left = len(output.new_token_ids)
+                output.new_logprobs = output.new_logprobs.slice_request(skipped, left) if left else None
+        if joined:
+            output.prefill_stats = None
+            output.events = [e for e in output.events or () if e.type is EngineCoreEventType.PREEMPTED] or None
+        if not output.new_token_ids and output.finish_reason is None and not output.events:
+            return None
+        self._keep(output)
+        return output
+
+    def _keep(self, output: EngineCoreOutput) -> None:
+        self.emitted.extend(output.new_token_ids)
+        self.finished = output.finish_reason is not None
+
+
+def shift_times(output: EngineCoreOutput, seconds: float) -> None:
+    """Move a worker's event times to the gateway's monotonic clock."""
+    for event in output.events or ():
+        event.timestamp += seconds
