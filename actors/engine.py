@@ -118,7 +118,7 @@ class EngineWorker:
         if self._health is not None:
             await self._health.enter_graceful_shutdown()
         deadline = time.monotonic() + drain_s
-        while self._engine is not None and time.monotonic() < deadline and await self._busy():
+        while self._engine is not None and time.monotonic() < deadline and await self._busy():  # noqa: ASYNC110
             await asyncio.sleep(0.05)
         if self._server is not None:
             await self._server.stop(0.2)

@@ -4,6 +4,7 @@ Times are taken on the gateway's monotonic clock; what only a worker can know (b
 the wire) comes in its transfer report.
 """
 
+import itertools
 import statistics
 from collections import OrderedDict
 
@@ -90,7 +91,7 @@ class LedgerBuilder:
     def build(self) -> RequestLedger:
         """The ledger as it stands."""
         times = self._token_times
-        gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+        gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
         later_gaps = gaps[1:] or gaps
         assignment, report = self._assignment, self._report
         first = times[0] if times else self._finished

@@ -90,8 +90,10 @@ class TicketOffice:
         max_new_tokens: int,
         samples: int,
         whole: bool,
+        adapter: str | None,
     ) -> Ticket:
         """A ticket for `samples` equal requests. Token counts are per sample."""
+        needs = frozenset({f"lora:{adapter}"} if adapter else ())
         demands = [
             Demand(
                 request_id=f"{request_id}:{index}" if samples > 1 else request_id,
@@ -99,6 +101,7 @@ class TicketOffice:
                 prompt_tokens=prompt_tokens,
                 max_new_tokens=max_new_tokens,
                 whole=whole,
+                needs=needs,
             )
             for index in range(samples)
         ]

@@ -29,13 +29,17 @@ class Utilities:
         self._model = model
 
     async def add_lora(self, lora: LoRARequest) -> bool:
-        """Load an adapter on every worker and record it; on a failure it is unloaded again."""
+        """Record an adapter and load it on every worker; on a failure it is unloaded and forgotten again.
+
+        It is recorded first: a worker that joins meanwhile registers only with it loaded.
+        """
+        await self._registry.add_adapter(self._model, lora.lora_name, lora.lora_path, lora.lora_int_id)
         try:
             await self._all("add_lora", [msgspec.to_builtins(lora)])
         except JoinwiseError:
+            await self._registry.remove_adapter(self._model, lora.lora_name)
             await self._all("remove_lora", [lora.lora_int_id], tolerate=True)
             raise
-        await self._registry.add_adapter(self._model, lora.lora_name, lora.lora_path, lora.lora_int_id)
         for worker in await self._workers():
             await self._registry.set_adapters(worker, worker.adapters | {lora.lora_name})
         return True

@@ -85,4 +85,5 @@ class ClusterLLM(AsyncLLM):
             max_new_tokens=checked_params.max_tokens or 1,
             samples=params.n,
             whole=bool(split.whole_reason(checked_params, has_embeds=checked.prompt_embeds is not None)),
+            adapter=lora.lora_name if lora is not None else None,
         )

@@ -1,0 +1,107 @@
+"""A real cluster for tests: the launcher in a process of its own, as `joinwise up --detach` starts it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MODEL = "smol"
+ENGINE = {
+    "enforce_eager": True,
+    "kv_cache_memory_bytes": 200_000_000,
+    "block_size": 32,
+    "max_num_seqs": 8,
+}
+
+
+@dataclass
+class RunningCluster:
+    """A cluster that is ready.
+
+    Attributes:
+        http: base URL without /v1.
+        grpc: host:port of the client's service.
+        redis_url: with the password.
+        log: the launcher's output, with that of its actors.
+        pid: the launcher.
+    """
+
+    name: str
+    config: dict[str, Any]
+    file: Path
+    http: str
+    grpc: str
+    redis_url: str
+    log: Path
+    pid: int
+
+
+def cluster_config(name: str, *, dtype: str = "float32", **changes: Any) -> dict[str, Any]:
+    """Two engines, one core each, ports chosen by the system; `changes` replace top-level sections."""
+    pools = [{"name": role, "model": MODEL, "role": role, "engine": dict(ENGINE)} for role in ("prefill", "decode")]
+    return {
+        "cluster": name,
+        "models": [
+            {"name": MODEL, "model": "smollm2-135m-instruct", "dtype": dtype, "max_model_len": 2048},
+        ],
+        "pools": pools,
+        "gateway": {"http_port": 0, "grpc_port": 0, "enable_auto_tools": True, "tool_parser": "hermes", "drain_s": 2},
+        **changes,
+    }
+
+
+@contextmanager
+def running_cluster(config: dict[str, Any], folder: Path, timeout_s: float = 300.0) -> Iterator[RunningCluster]:
+    """Start a cluster and stop it afterwards; afterwards no process of it is left."""
+    from joinwise.actors import runfile
+
+    name = config["cluster"]
+    file, log = folder / f"{name}.yaml", folder / f"{name}.log"
+    file.write_text(yaml.safe_dump(config))
+    with log.open("w") as output:
+        launcher = subprocess.Popen(
+            [sys.executable, "-m", "joinwise.actors.launch", "-f", str(file)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    try:
+        facts = _wait_ready(name, launcher, log, timeout_s)
+        addresses = facts["addresses"]
+        yield RunningCluster(
+            name, config, file, addresses["http"], addresses["grpc"], facts["redis_url"], log, launcher.pid
+        )
+    finally:
+        if launcher.poll() is None:
+            launcher.send_signal(signal.SIGTERM)
+            try:
+                launcher.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(launcher.pid, signal.SIGKILL)
+                launcher.wait()
+                raise
+    assert not runfile.running(name)
+
+
+def _wait_ready(name: str, launcher: subprocess.Popen[bytes], log: Path, timeout_s: float) -> dict[str, Any]:
+    from joinwise.actors import runfile
+
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        facts = runfile.running(name)
+        if facts.get("ready"):
+            return facts
+        assert launcher.poll() is None, f"the launcher ended:\n{log.read_text()[-4000:]}"
+        time.sleep(0.1)
+    raise AssertionError(f"the cluster was not ready after {timeout_s} s:\n{log.read_text()[-4000:]}")
