@@ -49,7 +49,6 @@ class LedgerBuilder:
         self._output_tokens = 0
         self._replayed = 0
         self._replayed_step_s = 0.0
-        self._last_seen = created
         self._scheduled: float | None = None
         self._finished = created
         self._reason = ""
@@ -64,12 +63,10 @@ class LedgerBuilder:
         self._report = report
         self.recomputed = self.recomputed or report.recomputed
 
-    def replayed(self, tokens: int, now: float) -> None:
-        """The decode part has repeated tokens."""
-        if tokens:
-            self._replayed += tokens
-            self._replayed_step_s = now - self._last_seen
-            self._last_seen = now
+    def replayed(self, tokens: int, step_s: float) -> None:
+        """The decode part has repeated tokens; `step_s` is how long its step took, where that is known."""
+        self._replayed += tokens
+        self._replayed_step_s += step_s if tokens else 0.0
 
     def produced(self, output: EngineCoreOutput, now: float) -> None:
         """New output for the client."""
@@ -81,7 +78,6 @@ class LedgerBuilder:
         if output.new_token_ids:
             self._token_times.append(now)
             self._output_tokens += len(output.new_token_ids)
-            self._last_seen = now
 
     def finish(self, reason: str, now: float) -> None:
         """The request has ended."""

@@ -254,9 +254,9 @@ class ClusterCore(EngineCoreClient):
             if output.new_token_ids or merged.finish_reason is not None:
                 self._prefill_ended(live)
         else:
-            skipping = live.merge.to_skip
+            skipping, step_s = live.merge.to_skip, split.step_seconds(output, now)
             merged = live.merge.from_decode(output, joined=live.prefill_done or live.attempt > 0)
-            live.ledger.replayed(skipping - live.merge.to_skip, now)
+            live.ledger.replayed(skipping - live.merge.to_skip, step_s)
         if merged is None:
             return None
         merged.request_id = request_id

@@ -145,3 +145,9 @@ def shift_times(output: EngineCoreOutput, seconds: float) -> None:
     """Move a worker's event times to the gateway's monotonic clock."""
     for event in output.events or ():
         event.timestamp += seconds
+
+
+def step_seconds(output: EngineCoreOutput, now: float) -> float:
+    """Seconds from an output's last SCHEDULED event to `now`; 0 when it carries none."""
+    scheduled = [e.timestamp for e in output.events or () if e.type is EngineCoreEventType.SCHEDULED]
+    return max(0.0, now - scheduled[-1]) if scheduled else 0.0
