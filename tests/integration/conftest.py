@@ -1,18 +1,32 @@
-"""The cluster that integration tests share: one start for the whole run."""
+"""The cluster that integration tests share, and the plain engine it is compared with: one start for the whole run."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import pytest
-from helpers.cluster import RunningCluster, cluster_config, running_cluster
+from helpers.cluster import ENGINE, MODEL, RunningCluster, cluster_config, running_cluster
 from helpers.idle import assert_idle
+from helpers.plain_vllm import PlainServer, plain_server
+
+# Prompts longer than this are prefilled in chunks, by both.
+CHUNK_TOKENS = 512
+
+
+def _shared_config() -> dict[str, Any]:
+    config = cluster_config("shared")
+    for pool in config["pools"]:
+        pool["engine"]["max_num_batched_tokens"] = CHUNK_TOKENS
+    # /inference/v1/generate takes vLLM's whole SamplingParams: test_exactness walks every field of it.
+    config["gateway"]["vllm_args"] = {"enable_scale_out": True}
+    return config
 
 
 @pytest.fixture(scope="session")
 def shared_cluster(small_model: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
     """A float32 cluster of one prefill and one decode engine."""
-    with running_cluster(cluster_config("shared"), tmp_path_factory.mktemp("cluster")) as cluster:
+    with running_cluster(_shared_config(), tmp_path_factory.mktemp("cluster")) as cluster:
         yield cluster
 
 
@@ -21,3 +35,15 @@ async def cluster(shared_cluster: RunningCluster) -> AsyncIterator[RunningCluste
     """The shared cluster; it must be idle after the test."""
     yield shared_cluster
     await assert_idle(shared_cluster)
+
+
+@pytest.fixture(scope="session")
+def baseline(small_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PlainServer]:
+    """One plain vLLM engine with the cluster's engine arguments behind vLLM's own server."""
+    arguments = ["--max-model-len", "2048", "--max-num-batched-tokens", str(CHUNK_TOKENS), "--enable-scale-out"]
+    arguments += ["--kv-cache-memory-bytes", str(ENGINE["kv_cache_memory_bytes"])]
+    arguments += ["--block-size", str(ENGINE["block_size"]), "--max-num-seqs", str(ENGINE["max_num_seqs"])]
+    arguments += ["--enable-prompt-tokens-details", "--enable-request-id-headers"]
+    arguments += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    with plain_server(str(small_model.path), MODEL, tmp_path_factory.mktemp("plain"), arguments) as server:
+        yield server
