@@ -179,8 +179,8 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
                 for request_id in message.abort.request_ids:
                     self._slot_of.pop(request_id, None)
                 self._loop.abort(slot, list(message.abort.request_ids))
-            elif kind == "continue":
-                each = getattr(message, "continue")
+            elif kind == "continue_request":
+                each = message.continue_request
                 self._loop.continue_(each.request_id, each.epoch, list(each.replay_token_ids), each.recompute)
 
     def _send(self, slot: int, message: engine_pb2.AttachResponse, finished: list[str]) -> None:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bjoinwise/proto/engine.proto\x12\x0bjoinwise.v1\"\xc6\x01\n\rAttachRequest\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.joinwise.v1.HelloH\x00\x12&\n\x03\x61\x64\x64\x18\x02 \x01(\x0b\x32\x17.joinwise.v1.AddRequestH\x00\x12+\n\x05\x61\x62ort\x18\x03 \x01(\x0b\x32\x1a.joinwise.v1.AbortRequestsH\x00\x12\x30\n\x08\x63ontinue\x18\x04 \x01(\x0b\x32\x1c.joinwise.v1.ContinueRequestH\x00\x42\t\n\x07message\"\x85\x01\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x14\n\x0cvllm_version\x18\x02 \x01(\t\x12\x0f\n\x07\x63luster\x18\x03 \x01(\t\x12\x12\n\ngateway_id\x18\x04 \x01(\t\x12\x11\n\tworker_id\x18\x05 \x01(\t\x12\x14\n\x0cworker_epoch\x18\x06 \x01(\x04\"\x1d\n\nAddRequest\x12\x0f\n\x07request\x18\x01 \x03(\x0c\"$\n\rAbortRequests\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\"a\n\x0f\x43ontinueRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x18\n\x10replay_token_ids\x18\x03 \x03(\r\x12\x11\n\trecompute\x18\x04 \x01(\x08\"\x9a\x01\n\x0e\x41ttachResponse\x12\'\n\x07welcome\x18\x01 \x01(\x0b\x32\x14.joinwise.v1.WelcomeH\x00\x12#\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x12.joinwise.v1.FrameH\x00\x12/\n\x08transfer\x18\x03 \x01(\x0b\x32\x1b.joinwise.v1.TransferReportH\x00\x42\t\n\x07message\"O\n\x07Welcome\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x14\n\x0cworker_epoch\x18\x02 \x01(\x04\x12\x14\n\x0cvllm_version\x18\x03 \x01(\t\"\x18\n\x05\x46rame\x12\x0f\n\x07outputs\x18\x01 \x03(\x0c\"\xcc\x01\n\x0eTransferReport\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x14\n\x0cwire_seconds\x18\x03 \x01(\x01\x12\x17\n\x0f\x65xposed_seconds\x18\x04 \x01(\x01\x12\x16\n\x0eimport_seconds\x18\x05 \x01(\x01\x12\x11\n\ttransport\x18\x06 \x01(\t\x12\x12\n\nrecomputed\x18\x07 \x01(\x08\x12\x0f\n\x07\x66\x61ilure\x18\x08 \x01(\t\x12\x18\n\x10local_hit_tokens\x18\t \x01(\r\"3\n\x0eUtilityRequest\x12\x0e\n\x06method\x18\x01 \x01(\t\x12\x11\n\targuments\x18\x02 \x01(\x0c\"!\n\x0fUtilityResponse\x12\x0e\n\x06result\x18\x01 \x01(\x0c\"\r\n\x0bIdleRequest\"\xdc\x02\n\x0cIdleResponse\x12\x1a\n\x12scheduler_requests\x18\x01 \x01(\r\x12\x13\n\x0b\x62locks_used\x18\x02 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x03 \x01(\r\x12\x19\n\x11\x63onnector_entries\x18\x04 \x01(\r\x12\x12\n\nkv_streams\x18\x05 \x01(\r\x12\x15\n\rlanding_bytes\x18\x06 \x01(\x04\x12\x0c\n\x04held\x18\x07 \x03(\t\x12\x44\n\x0erefused_frames\x18\x08 \x03(\x0b\x32,.joinwise.v1.IdleResponse.RefusedFramesEntry\x12\x1b\n\x13transfers_completed\x18\t \x01(\x04\x12\x18\n\x10transfers_failed\x18\n \x01(\x04\x1a\x34\n\x12RefusedFramesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x32\xd9\x01\n\rEngineService\x12\x45\n\x06\x41ttach\x12\x1a.joinwise.v1.AttachRequest\x1a\x1b.joinwise.v1.AttachResponse(\x01\x30\x01\x12\x44\n\x07Utility\x12\x1b.joinwise.v1.UtilityRequest\x1a\x1c.joinwise.v1.UtilityResponse\x12;\n\x04Idle\x12\x18.joinwise.v1.IdleRequest\x1a\x19.joinwise.v1.IdleResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bjoinwise/proto/engine.proto\x12\x0bjoinwise.v1\"\xce\x01\n\rAttachRequest\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.joinwise.v1.HelloH\x00\x12&\n\x03\x61\x64\x64\x18\x02 \x01(\x0b\x32\x17.joinwise.v1.AddRequestH\x00\x12+\n\x05\x61\x62ort\x18\x03 \x01(\x0b\x32\x1a.joinwise.v1.AbortRequestsH\x00\x12\x38\n\x10\x63ontinue_request\x18\x04 \x01(\x0b\x32\x1c.joinwise.v1.ContinueRequestH\x00\x42\t\n\x07message\"\x85\x01\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x14\n\x0cvllm_version\x18\x02 \x01(\t\x12\x0f\n\x07\x63luster\x18\x03 \x01(\t\x12\x12\n\ngateway_id\x18\x04 \x01(\t\x12\x11\n\tworker_id\x18\x05 \x01(\t\x12\x14\n\x0cworker_epoch\x18\x06 \x01(\x04\"\x1d\n\nAddRequest\x12\x0f\n\x07request\x18\x01 \x03(\x0c\"$\n\rAbortRequests\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\"a\n\x0f\x43ontinueRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x18\n\x10replay_token_ids\x18\x03 \x03(\r\x12\x11\n\trecompute\x18\x04 \x01(\x08\"\x9a\x01\n\x0e\x41ttachResponse\x12\'\n\x07welcome\x18\x01 \x01(\x0b\x32\x14.joinwise.v1.WelcomeH\x00\x12#\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x12.joinwise.v1.FrameH\x00\x12/\n\x08transfer\x18\x03 \x01(\x0b\x32\x1b.joinwise.v1.TransferReportH\x00\x42\t\n\x07message\"O\n\x07Welcome\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x14\n\x0cworker_epoch\x18\x02 \x01(\x04\x12\x14\n\x0cvllm_version\x18\x03 \x01(\t\"\x18\n\x05\x46rame\x12\x0f\n\x07outputs\x18\x01 \x03(\x0c\"\xcc\x01\n\x0eTransferReport\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x14\n\x0cwire_seconds\x18\x03 \x01(\x01\x12\x17\n\x0f\x65xposed_seconds\x18\x04 \x01(\x01\x12\x16\n\x0eimport_seconds\x18\x05 \x01(\x01\x12\x11\n\ttransport\x18\x06 \x01(\t\x12\x12\n\nrecomputed\x18\x07 \x01(\x08\x12\x0f\n\x07\x66\x61ilure\x18\x08 \x01(\t\x12\x18\n\x10local_hit_tokens\x18\t \x01(\r\"3\n\x0eUtilityRequest\x12\x0e\n\x06method\x18\x01 \x01(\t\x12\x11\n\targuments\x18\x02 \x01(\x0c\"!\n\x0fUtilityResponse\x12\x0e\n\x06result\x18\x01 \x01(\x0c\"\r\n\x0bIdleRequest\"\xdc\x02\n\x0cIdleResponse\x12\x1a\n\x12scheduler_requests\x18\x01 \x01(\r\x12\x13\n\x0b\x62locks_used\x18\x02 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x03 \x01(\r\x12\x19\n\x11\x63onnector_entries\x18\x04 \x01(\r\x12\x12\n\nkv_streams\x18\x05 \x01(\r\x12\x15\n\rlanding_bytes\x18\x06 \x01(\x04\x12\x0c\n\x04held\x18\x07 \x03(\t\x12\x44\n\x0erefused_frames\x18\x08 \x03(\x0b\x32,.joinwise.v1.IdleResponse.RefusedFramesEntry\x12\x1b\n\x13transfers_completed\x18\t \x01(\x04\x12\x18\n\x10transfers_failed\x18\n \x01(\x04\x1a\x34\n\x12RefusedFramesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x32\xd9\x01\n\rEngineService\x12\x45\n\x06\x41ttach\x12\x1a.joinwise.v1.AttachRequest\x1a\x1b.joinwise.v1.AttachResponse(\x01\x30\x01\x12\x44\n\x07Utility\x12\x1b.joinwise.v1.UtilityRequest\x1a\x1c.joinwise.v1.UtilityResponse\x12;\n\x04Idle\x12\x18.joinwise.v1.IdleRequest\x1a\x19.joinwise.v1.IdleResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,33 +34,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_IDLERESPONSE_REFUSEDFRAMESENTRY']._loaded_options = None
   _globals['_IDLERESPONSE_REFUSEDFRAMESENTRY']._serialized_options = b'8\001'
   _globals['_ATTACHREQUEST']._serialized_start=45
-  _globals['_ATTACHREQUEST']._serialized_end=243
-  _globals['_HELLO']._serialized_start=246
-  _globals['_HELLO']._serialized_end=379
-  _globals['_ADDREQUEST']._serialized_start=381
-  _globals['_ADDREQUEST']._serialized_end=410
-  _globals['_ABORTREQUESTS']._serialized_start=412
-  _globals['_ABORTREQUESTS']._serialized_end=448
-  _globals['_CONTINUEREQUEST']._serialized_start=450
-  _globals['_CONTINUEREQUEST']._serialized_end=547
-  _globals['_ATTACHRESPONSE']._serialized_start=550
-  _globals['_ATTACHRESPONSE']._serialized_end=704
-  _globals['_WELCOME']._serialized_start=706
-  _globals['_WELCOME']._serialized_end=785
-  _globals['_FRAME']._serialized_start=787
-  _globals['_FRAME']._serialized_end=811
-  _globals['_TRANSFERREPORT']._serialized_start=814
-  _globals['_TRANSFERREPORT']._serialized_end=1018
-  _globals['_UTILITYREQUEST']._serialized_start=1020
-  _globals['_UTILITYREQUEST']._serialized_end=1071
-  _globals['_UTILITYRESPONSE']._serialized_start=1073
-  _globals['_UTILITYRESPONSE']._serialized_end=1106
-  _globals['_IDLEREQUEST']._serialized_start=1108
-  _globals['_IDLEREQUEST']._serialized_end=1121
-  _globals['_IDLERESPONSE']._serialized_start=1124
-  _globals['_IDLERESPONSE']._serialized_end=1472
-  _globals['_IDLERESPONSE_REFUSEDFRAMESENTRY']._serialized_start=1420
-  _globals['_IDLERESPONSE_REFUSEDFRAMESENTRY']._serialized_end=1472
-  _globals['_ENGINESERVICE']._serialized_start=1475
-  _globals['_ENGINESERVICE']._serialized_end=1692
+  _globals['_ATTACHREQUEST']._serialized_end=251
+  _globals['_HELLO']._serialized_start=254
+  _globals['_HELLO']._serialized_end=387
+  _globals['_ADDREQUEST']._serialized_start=389
+  _globals['_ADDREQUEST']._serialized_end=418
+  _globals['_ABORTREQUESTS']._serialized_start=420
+  _globals['_ABORTREQUESTS']._serialized_end=456
+  _globals['_CONTINUEREQUEST']._serialized_start=458
+  _globals['_CONTINUEREQUEST']._serialized_end=555
+  _globals['_ATTACHRESPONSE']._serialized_start=558
+  _globals['_ATTACHRESPONSE']._serialized_end=712
+  _globals['_WELCOME']._serialized_start=714
+  _globals['_WELCOME']._serialized_end=793
+  _globals['_FRAME']._serialized_start=795
+  _globals['_FRAME']._serialized_end=819
+  _globals['_TRANSFERREPORT']._serialized_start=822
+  _globals['_TRANSFERREPORT']._serialized_end=1026
+  _globals['_UTILITYREQUEST']._serialized_start=1028
+  _globals['_UTILITYREQUEST']._serialized_end=1079
+  _globals['_UTILITYRESPONSE']._serialized_start=1081
+  _globals['_UTILITYRESPONSE']._serialized_end=1114
+  _globals['_IDLEREQUEST']._serialized_start=1116
+  _globals['_IDLEREQUEST']._serialized_end=1129
+  _globals['_IDLERESPONSE']._serialized_start=1132
+  _globals['_IDLERESPONSE']._serialized_end=1480
+  _globals['_IDLERESPONSE_REFUSEDFRAMESENTRY']._serialized_start=1428
+  _globals['_IDLERESPONSE_REFUSEDFRAMESENTRY']._serialized_end=1480
+  _globals['_ENGINESERVICE']._serialized_start=1483
+  _globals['_ENGINESERVICE']._serialized_end=1700
 # @@protoc_insertion_point(module_scope)

@@ -10,6 +10,7 @@ import logging
 import secrets
 import socket
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,7 +123,7 @@ class Gateway:
         gateway = self._config.gateway
         listener = _listen(gateway.host, gateway.http_port)
         tls = gateway.tls
-        self._http = uvicorn.Server(
+        self._http = _Listener(
             uvicorn.Config(
                 app,
                 log_level="warning",
@@ -134,7 +135,6 @@ class Gateway:
                 ssl_ca_certs=tls.ca if tls else None,
             )
         )
-        self._http.install_signal_handlers = lambda: None  # type: ignore[method-assign]
         self._http_task = asyncio.create_task(self._http.serve(sockets=[listener]))
         grpc_address = await self.start_grpc()
         scheme = "https" if tls else "http"
@@ -261,6 +261,14 @@ class Gateway:
             workers=tuple(WorkerStatus(**worker) for worker in snapshot["workers"]),
             leases=snapshot["leases"],
         )
+
+
+class _Listener(uvicorn.Server):
+    """uvicorn without its signal handlers: the process is not its own."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
 
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:

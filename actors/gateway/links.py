@@ -54,7 +54,7 @@ class Link:
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError, TimeoutError) as error:
             detail = error.details() if isinstance(error, grpc.aio.AioRpcError) else type(error).__name__
             raise WorkerLostError(f"worker {self.worker.worker_id} does not accept this gateway: {detail}") from error
-        if first is grpc.aio.EOF or first.WhichOneof("message") != "welcome":
+        if not isinstance(first, engine_pb2.AttachResponse) or first.WhichOneof("message") != "welcome":
             raise WorkerLostError(f"worker {self.worker.worker_id} ended the stream at once")
         self._writer = asyncio.create_task(self._write())
 
@@ -67,7 +67,7 @@ class Link:
         """Hand over messages until the stream ends; returns why it did."""
         assert self._call is not None
         try:
-            while (message := await self._call.read()) is not grpc.aio.EOF:
+            while isinstance(message := await self._call.read(), engine_pb2.AttachResponse):
                 on_message(message)
             return "the worker ended the stream"
         except grpc.aio.AioRpcError as error:

@@ -291,7 +291,7 @@ class ClusterCore(EngineCoreClient):
                 replay_token_ids=live.merge.emitted,
                 recompute=recompute,
             )
-            link.send(engine_pb2.AttachRequest(**{"continue": message}))
+            link.send(engine_pb2.AttachRequest(continue_request=message))
 
     async def _move(self, live: _Live, lost: WorkerRef, reason: str) -> None:
         """Go on elsewhere, with what has been emitted."""
