@@ -237,7 +237,9 @@ class ClusterCore(EngineCoreClient):
             if merged is not None:
                 outputs.append(merged)
         if outputs:
-            self._outputs.put_nowait(EngineCoreOutputs(engine_index=0, outputs=outputs, timestamp=now))
+            self._outputs.put_nowait(
+                EngineCoreOutputs(outputs=outputs, timestamp=now, weight_version=frame.weight_version)
+            )
 
     def _merge(self, output: EngineCoreOutput, now: float) -> EngineCoreOutput | None:
         worker_request_id = output.request_id

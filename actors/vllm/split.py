@@ -125,9 +125,11 @@ class Merge:
         if skipped:
             self.to_skip -= skipped
             output.new_token_ids = output.new_token_ids[skipped:]
+            left = len(output.new_token_ids)
             if output.new_logprobs is not None:
-                left = len(output.new_token_ids)
                 output.new_logprobs = output.new_logprobs.slice_request(skipped, left) if left else None
+            if output.new_sampling_mask is not None:
+                output.new_sampling_mask = output.new_sampling_mask.slice_request(skipped, left) if left else None
         if joined:
             output.prefill_stats = None
             output.events = [e for e in output.events or () if e.type is EngineCoreEventType.PREEMPTED] or None
