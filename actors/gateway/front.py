@@ -75,6 +75,7 @@ class _Call:
         self._received = 0
         self._started = False
         self._replaced = False
+        self._refusal: JoinwiseError | None = None
         self._wants_ledger = headers.get("x-joinwise-ledger") == "1"
         self._streams = False
 
@@ -90,7 +91,8 @@ class _Call:
         if message["type"] == "http.request":
             self._received += len(message.get("body", b""))
             if self._received > self._limit:
-                raise self._too_large()
+                self._refusal = self._too_large()  # the application makes a 400 of it
+                raise self._refusal
         return message
 
     async def send(self, message: Message) -> None:
@@ -99,6 +101,8 @@ class _Call:
             return
         if message["type"] == "http.response.start":
             try:
+                if self._refusal is not None:
+                    raise self._refusal
                 for ticket in self.tickets:
                     await ticket.admit()
             except JoinwiseError as error:

@@ -6,6 +6,7 @@ the HTTP middleware, or by the gRPC servicer), so that 429 and 503 are real stat
 is not used settles its leases.
 """
 
+import contextlib
 import time
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -70,9 +71,10 @@ class Ticket:
         return self.assignments.pop(0) if self.assignments else None
 
     async def settle(self) -> None:
-        """Give back the leases that nobody took."""
+        """Give back the leases that nobody took; those that Redis does not take back expire by themselves."""
         while self.assignments:
-            await self.router.settle(self.assignments.pop(0))
+            with contextlib.suppress(JoinwiseError):
+                await self.router.settle(self.assignments.pop(0))
 
 
 @dataclass(frozen=True)

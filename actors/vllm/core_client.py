@@ -8,6 +8,7 @@ lets the decode worker compute the prompt.
 """
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import time
@@ -49,6 +50,8 @@ class _Live:
     prefill_id: str = ""
     decode_id: str = ""
     prefill_done: bool = False
+    fetched: bool | None = None
+    """Whether decode has all of prefill's KV; None until it says."""
     lost_on: set[str] = field(default_factory=set)
 
 
@@ -177,47 +180,54 @@ class ClusterCore(EngineCoreClient):
             live = self._live.get(split.origin_of(report.request_id)[0])
             if live is not None and live.decode_id == report.request_id:
                 live.ledger.transferred(report)
+                live.fetched = not report.failure
+                if report.failure and live.prefill_done:
+                    self._free_sender(live)
 
     async def on_lost(self, worker: WorkerRef, reason: str) -> None:
         """A worker is gone: go on without it."""
         for live in list(self._live.values()):
             decode = live.assignment.decode
             if (decode.worker_id, decode.epoch) == (worker.worker_id, worker.epoch):
-                self._spawn(self._move(live, worker, reason))
-            elif live.assignment.prefill == worker and not live.prefill_done:
+                self._spawn(self._move(live, live.attempt, worker, reason))
+            elif live.prefill_id and live.assignment.prefill == worker and not live.prefill_done:
                 self._without_prefill(live, reason)
 
     # Inside.
 
     async def _start(self, live: _Live) -> None:
-        """Send the parts of a request to their workers."""
-        request, assignment = live.request, live.assignment
+        """Send the parts of a request to their workers, unless it has ended or moved while links opened."""
+        request, assignment, attempt = live.request, live.assignment, live.attempt
         request_id = request.request_id
-        live.ledger.assigned(assignment, live.attempt)
+        live.ledger.assigned(assignment, attempt)
         prefill, decode = assignment.prefill, assignment.decode
-        live.decode_id = split.part_id(request_id, live.attempt, "d")
+        live.decode_id = split.part_id(request_id, attempt, "d")
         live.merge.to_skip = len(live.merge.emitted)
         try:
             if prefill is None:
-                part = split.decode_part(request, live.decode_id, None, live.merge.emitted)
-                (await self._links.get(decode)).send(self._add(part))
+                link = await self._links.get(decode)
+                if self._is_at(live, attempt):
+                    link.send(self._add(split.decode_part(request, live.decode_id, None, live.merge.emitted)))
                 return
-            live.prefill_id = split.part_id(request_id, live.attempt, "p")
-            transfer_id = f"{request_id}.{live.attempt}.{secrets.token_hex(8)}"
+            transfer_id = f"{request_id}.{attempt}.{secrets.token_hex(8)}"
             epoch, timeout = assignment.lease_epoch, self._transfer_timeout_s
             send = Handoff("send", transfer_id, epoch, timeout_s=timeout)
             receive = Handoff("recv", transfer_id, epoch, prefill.kv_address, timeout)
             to_prefill, to_decode = await self._both(prefill, decode)
-            if to_prefill is not None:
-                to_prefill.send(self._add(split.prefill_part(request, live.prefill_id, send)))
+            if not self._is_at(live, attempt):
+                return
             to_decode.send(self._add(split.decode_part(request, live.decode_id, receive, [])))
-            if to_prefill is None:
+            if to_prefill is None or to_prefill.broken:
                 self._without_prefill(live, "no link")
+            else:
+                live.prefill_id = split.part_id(request_id, attempt, "p")
+                to_prefill.send(self._add(split.prefill_part(request, live.prefill_id, send)))
         except JoinwiseError as error:
-            await self._move(live, decode, str(error))
-        if request_id not in self._live:  # aborted while we connected
-            self._abort_part(prefill, live.prefill_id)
-            self._abort_part(decode, live.decode_id)
+            await self._move(live, attempt, decode, str(error))
+
+    def _is_at(self, live: _Live, attempt: int) -> bool:
+        """Whether a request still runs, and has not moved since that attempt."""
+        return self._live.get(live.request.request_id) is live and live.attempt == attempt
 
     async def _both(self, prefill: WorkerRef, decode: WorkerRef) -> tuple[Any, Any]:
         to_prefill, to_decode = await asyncio.gather(
@@ -257,7 +267,8 @@ class ClusterCore(EngineCoreClient):
                 self._prefill_ended(live)
         else:
             skipping, step_s = live.merge.to_skip, split.step_seconds(output, now)
-            merged = live.merge.from_decode(output, joined=live.prefill_done or live.attempt > 0)
+            joined = live.prefill_done or bool(live.attempt and live.merge.emitted)
+            merged = live.merge.from_decode(output, joined=joined)
             live.ledger.replayed(skipping - live.merge.to_skip, step_s)
         if merged is None:
             return None
@@ -275,6 +286,8 @@ class ClusterCore(EngineCoreClient):
         if not live.merge.finished:
             live.merge.to_skip = len(live.merge.emitted)
             self._continue(live, recompute=False)
+        if live.fetched is False:
+            self._free_sender(live)
         self._spawn(self._router.prefill_done(live.assignment))
 
     def _without_prefill(self, live: _Live, reason: str) -> None:
@@ -283,6 +296,10 @@ class ClusterCore(EngineCoreClient):
         live.ledger.recomputed = True
         self._continue(live, recompute=True)
         self._spawn(self._router.prefill_done(live.assignment))
+
+    def _free_sender(self, live: _Live) -> None:
+        """Nobody will fetch what the prefill worker keeps for this request."""
+        self._abort_part(live.assignment.prefill, live.prefill_id)
 
     def _continue(self, live: _Live, *, recompute: bool) -> None:
         link = self._links.find(live.assignment.decode)
@@ -295,15 +312,17 @@ class ClusterCore(EngineCoreClient):
             )
             link.send(engine_pb2.AttachRequest(continue_request=message))
 
-    async def _move(self, live: _Live, lost: WorkerRef, reason: str) -> None:
-        """Go on elsewhere, with what has been emitted."""
+    async def _move(self, live: _Live, attempt: int, lost: WorkerRef, reason: str) -> None:
+        """Go on elsewhere, with what has been emitted; nothing, if that attempt is over."""
         request_id = live.request.request_id
-        if self._live.get(request_id) is not live:
+        if not self._is_at(live, attempt):
             return
         self._abort_part(live.assignment.prefill, live.prefill_id)
-        await self._router.settle(live.assignment)
+        live.prefill_id = live.decode_id = ""  # what their parts still say is not heard
         live.lost_on.add(lost.worker_id)
         live.attempt += 1
+        with contextlib.suppress(JoinwiseError):  # the lease expires by itself
+            await self._router.settle(live.assignment)
         if live.attempt >= _MAX_ATTEMPTS:
             logger.error("request %s lost %d workers, giving up: %s", request_id, live.attempt, reason)
             self._fail(live)
@@ -326,10 +345,10 @@ class ClusterCore(EngineCoreClient):
             self._fail(live)
             return
         if self._live.get(request_id) is not live:
-            await self._router.settle(live.assignment)
+            with contextlib.suppress(JoinwiseError):
+                await self._router.settle(live.assignment)
             return
         logger.warning("request %s moves to %s: %s", request_id, live.assignment.decode.worker_id, reason)
-        live.prefill_id = ""
         live.ledger.recomputed = True
         await self._start(live)
 
@@ -344,6 +363,8 @@ class ClusterCore(EngineCoreClient):
     def _end(self, live: _Live, reason: str, *, settle: bool = True) -> None:
         if self._live.pop(live.request.request_id, None) is None:
             return
+        if live.fetched is None:
+            self._free_sender(live)
         live.ledger.finish(reason, time.monotonic())
         self._on_ledger(live.request.request_id, live.ledger)
         if settle:
