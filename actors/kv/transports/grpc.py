@@ -7,7 +7,7 @@ threads, not an event loop: they copy megabytes and must not share a loop with t
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent import futures
 from typing import Any
 
@@ -134,15 +134,19 @@ class KvServer:
                 outcome = "the receiver has another prompt"
                 context.abort(grpc.StatusCode.OUT_OF_RANGE, f"the prompt has {transfer.num_tokens} tokens")
             context.add_callback(functools.partial(_wake, transfer))
-            yield from self._frames(transfer, request.first_block, context)
-            outcome = "sent"
+            sequence = yield from self._frames(transfer, request.first_block, context)
+            outcome = "sent"  # said before the last frame: its receiver may close the stream as soon as it has it
+            exposed_us = min(int((time.monotonic() - transfer.computed_at) * 1e6), MAX_EXPOSED_US)
+            tag = transfer_tag(transfer.transfer_id)
+            yield encode(FrameHeader(tag, transfer.epoch, sequence, 0, 0, 0, FLAG_END, exposed_us))
         finally:
             if transfer is not None:
                 self._table.release(transfer, outcome)
             with self._count_lock:
                 self._open_streams -= 1
 
-    def _frames(self, transfer: SendTransfer, first: int, context: grpc.ServicerContext) -> Iterator[bytes]:
+    def _frames(self, transfer: SendTransfer, first: int, context: grpc.ServicerContext) -> Generator[bytes, None, int]:
+        """All frames but the last; returns their number."""
         tag = transfer_tag(transfer.transfer_id)
         sent = [first] * transfer.num_layers
         sequence = 0
@@ -158,8 +162,7 @@ class KvServer:
                     yield frame
                     sequence += 1
                 sent[layer] = end
-        exposed_us = min(int((time.monotonic() - transfer.computed_at) * 1e6), MAX_EXPOSED_US)
-        yield encode(FrameHeader(tag, transfer.epoch, sequence, 0, 0, 0, FLAG_END, exposed_us))
+        return sequence
 
     def _next_ready(
         self, transfer: SendTransfer, sent: list[int], context: grpc.ServicerContext
