@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from pydantic import ValidationError
 
@@ -61,6 +62,7 @@ __all__ = [
 
 #: The model that comes with the package and needs no network.
 DEMO_MODEL = "smollm2-135m-instruct"
+_GPU = Path("/dev/nvidia0")
 _DEMO_KV_CACHE_BYTES = 200 << 20  # 23 kB a token in bfloat16: four full contexts, two in float32
 
 
@@ -76,15 +78,19 @@ def load_config(path: str | os.PathLike[str] | None, env: Mapping[str, str] | No
     """
     found, problems = overrides(os.environ if env is None else env)
     name = "the configuration" if path is None else os.fspath(path)
+    env = os.environ if env is None else env
     if path is None:
-        data, lines = _demo("auto"), dict[str, int]()
+        data, lines = _demo("gpu" if _GPU.exists() else "cpu"), dict[str, int]()
     else:
         data, lines, more = _read(Path(path))
         problems += more
     sources = {place: f"{name}:{line}" for place, line in lines.items()}
     for override in found:
         problems += _apply(data, override, sources)
-    return _validated(data, sources, problems, name)
+    config = _validated(data, sources, problems, name)
+    if password := env.get("JOINWISE_REDIS_PASSWORD"):
+        config.redis.url = _with_password(config.redis.url, password)
+    return config
 
 
 def default_config(device: Device = "auto") -> JoinwiseConfig:
@@ -104,6 +110,14 @@ def redacted(config: JoinwiseConfig) -> dict[str, Any]:
     data["gateway"]["api_keys"] = ["***"] * len(config.gateway.api_keys)
     data["redis"]["url"] = re.sub(r"//([^/@]*:)?[^/@]*@", r"//\1***@", data["redis"]["url"])
     return data
+
+
+def _with_password(url: str, password: str) -> str:
+    """The URL with this password, if it names a server and has none."""
+    scheme, separator, rest = url.partition("://")
+    if not separator or "@" in rest.split("/")[0]:
+        return url
+    return f"{scheme}://:{quote(password, safe='')}@{rest}"
 
 
 def _demo(device: Device) -> dict[str, Any]:

@@ -148,8 +148,6 @@ class KvConfig(Section):
     """Seconds for which a prefill worker keeps blocks that nobody fetches."""
     transfer_timeout_s: Seconds = 30.0
     """Seconds without progress after which a transfer has failed and the prompt is recomputed."""
-    checksum: bool = True
-    """Check each frame (xxh3-64). Turn it off only to measure what it costs."""
 
 
 class RouterConfig(Section):
@@ -227,9 +225,7 @@ class LogConfig(Section):
     """What is written down."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
-    format: Literal["text", "json"] = "text"
-    prompts: bool = False
-    """Write prompts and answers into the log. Off: they belong to the users."""
+    """Of joinwise's own lines; vLLM's come from warning on, or all with `debug`."""
 
 
 class JoinwiseConfig(Section):
@@ -267,6 +263,8 @@ class JoinwiseConfig(Section):
         """vLLM engine arguments of a pool's workers: the model's, then the pool's own, which win."""
         model = self.model_named(pool.model)
         ours: dict[str, Any] = {"dtype": model.dtype}
+        if model.tokenizer is not None:
+            ours["tokenizer"] = model.tokenizer
         if model.max_model_len is not None:
             ours["max_model_len"] = model.max_model_len
         if model.adapters:

@@ -29,6 +29,7 @@ OTHERS = {
     "JOINWISE_CONFIG": "configuration file of the command line when -f is not given",
     "JOINWISE_DEBUG": "the command line shows tracebacks instead of one line",
     "JOINWISE_API_KEY": "bearer token that the client SDK sends",
+    "JOINWISE_REDIS_PASSWORD": "password of the Redis server, instead of one inside its URL",
     "JOINWISE_TARGET": "host:port that the client SDK and `joinwise chat` talk to",
     "JOINWISE_TEST_DEVICE": "device that the test suite uses (cpu or gpu)",
 }

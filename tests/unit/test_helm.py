@@ -42,7 +42,7 @@ SETTINGS = {
     "gateway": {"replicas": 3, "service": {"type": "LoadBalancer", "httpPort": 80, "annotations": {"a": "b"}}},
     "head": {"nodeSelector": {"zone": "a"}},
     "config": {
-        "kv": {"landing_bytes": 1 << 30, "checksum": False},
+        "kv": {"landing_bytes": 1 << 30, "frame_bytes": 1 << 18},
         "redis": {"retries": 0},
         "gateway": {"drain_s": 5},
         "router": {"max_queue": 0},
@@ -270,7 +270,7 @@ def test_probes_ask_what_they_guard() -> None:
 def test_settings_arrive(tmp_path: Path) -> None:
     rendered = Rendered(SETTINGS)
     config = rendered.config(tmp_path)
-    assert (config.kv.landing_bytes, config.kv.checksum) == (1 << 30, False)
+    assert (config.kv.landing_bytes, config.kv.frame_bytes) == (1 << 30, 1 << 18)
     assert (config.redis.retries, config.router.max_queue, config.gateway.drain_s) == (0, 0, 5)
     assert config.gateway.replicas == 3
     assert rendered.env()["HF_TOKEN"] == {"secretKeyRef": {"name": "hub", "key": "token"}}
@@ -403,7 +403,7 @@ def _pool(**changes: Any) -> dict[str, Any]:
         ({"redis": {"bundled": {"enabled": False}, "external": {"url": "redis://:pw@host"}}}, "url"),
         ({"config": {"rooter": {}}}, "rooter"),
         ({"config": {"router": {"lease": 1}}}, "lease"),
-        ({"config": {"kv": {"checksum": "no"}}}, "checksum"),
+        ({"config": {"kv": {"frame_bytes": "no"}}}, "frame_bytes"),
         ({"config": {"cluster": "mine"}}, "cluster"),
         ({"config": {"pools": []}}, "pools"),
         ({"config": {"gateway": {"host": "127.0.0.1"}}}, "host"),
