@@ -10,6 +10,7 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from joinwise.actors.gateway.failures import NotedErrors, note_error
 from joinwise.actors.gateway.ledgers import Ledgers
 from joinwise.actors.gateway.tickets import Ticket, call_tickets
 from joinwise.cluster.errors import JoinwiseError, RequestTooLargeError
@@ -36,22 +37,30 @@ class Front:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        call = _Call(self._ledgers, receive, send, self._max_body_bytes, _headers(scope))
+        noted = NotedErrors()
+        call = _Call(self._ledgers, receive, send, self._max_body_bytes, scope, noted)
         token = call_tickets.set(call.tickets)
         try:
-            call.check_length()
-            await self._app(scope, call.receive, call.send)
+            with noted:
+                call.check_length()
+                await self._app(scope, call.receive, call.send)
         except JoinwiseError as error:
             await call.refuse(error)
+        except Exception:
+            if noted.last is None or call.started:
+                raise
+            await call.refuse(noted.last)  # the application has made something else of it
         finally:
             call_tickets.reset(token)
             for ticket in call.tickets:
                 await ticket.settle()
 
 
-def error_body(error: JoinwiseError) -> dict[str, Any]:
-    """An error as OpenAI's clients read it."""
+def error_body(error: JoinwiseError, path: str = "") -> dict[str, Any]:
+    """An error as the clients of a path read it: Anthropic's below /v1/messages, else OpenAI's."""
     kind = "invalid_request_error" if error.http_status < 500 and error.http_status != 429 else error.code
+    if path.startswith("/v1/messages"):
+        return {"type": "error", "error": {"type": kind, "message": str(error)}}
     return {"error": {"message": str(error), "type": kind, "param": None, "code": error.code}}
 
 
@@ -63,20 +72,30 @@ def error_headers(error: JoinwiseError) -> dict[str, str]:
 
 
 class _Call:
+    """One call: what it has taken, and what of its answer has been sent."""
+
     def __init__(
-        self, ledgers: Ledgers, receive: Receive, send: Send, max_body_bytes: int, headers: dict[str, str]
+        self,
+        ledgers: Ledgers,
+        receive: Receive,
+        send: Send,
+        max_body_bytes: int,
+        scope: Scope,
+        noted: NotedErrors,
     ) -> None:
         self.tickets: list[Ticket] = []
+        self.started = False
         self._ledgers = ledgers
         self._receive = receive
         self._send = send
         self._limit = max_body_bytes
-        self._headers = headers
+        self._headers = _headers(scope)
+        self._path = str(scope.get("path", ""))
+        self._noted = noted
+        self._held: list[Message] = []
         self._received = 0
-        self._started = False
         self._replaced = False
-        self._refusal: JoinwiseError | None = None
-        self._wants_ledger = headers.get("x-joinwise-ledger") == "1"
+        self._wants_ledger = self._headers.get("x-joinwise-ledger") == "1"
         self._streams = False
 
     def check_length(self) -> None:
@@ -91,47 +110,58 @@ class _Call:
         if message["type"] == "http.request":
             self._received += len(message.get("body", b""))
             if self._received > self._limit:
-                self._refusal = self._too_large()  # the application makes a 400 of it
-                raise self._refusal
+                raise note_error(self._too_large())  # the application makes a 400 of it
         return message
 
     async def send(self, message: Message) -> None:
-        """Pass a message on, once the request has its workers."""
+        """Pass a message on, once the request has its workers.
+
+        A stream that begins before vLLM's `generate` was called (/v1/responses) is held until then.
+        """
         if self._replaced:
             return
-        if message["type"] == "http.response.start":
-            try:
-                if self._refusal is not None:
-                    raise self._refusal
-                for ticket in self.tickets:
-                    await ticket.admit()
-            except JoinwiseError as error:
-                await self.refuse(error)
-                self._replaced = True  # the application's own stream meets the same error and ends
-                return
-            self._started = True
-            self._start(message)
-        elif message["type"] == "http.response.body" and self._wants_ledger and self._streams:
-            message = self._with_ledger(message)
-        await self._send(message)
+        start = message["type"] == "http.response.start"
+        if not self.tickets and ((start and _streams(message)) or (self._held and message.get("more_body"))):
+            self._held.append(message)
+            return
+        held, self._held = self._held, []
+        for each in (*held, message):
+            await self._pass(each)
 
     async def refuse(self, error: JoinwiseError) -> None:
         """Answer with an error, if nothing has been sent."""
-        if self._started:
+        self._replaced = True  # whatever the application still says is not heard
+        if self.started:
             return
-        self._started = True
-        body = json.dumps(error_body(error)).encode()
+        self.started = True
+        body = json.dumps(error_body(error, self._path)).encode()
         headers = {"content-type": "application/json", "content-length": str(len(body)), **error_headers(error)}
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]
         await self._send({"type": "http.response.start", "status": error.http_status, "headers": raw})
         await self._send({"type": "http.response.body", "body": body})
 
+    async def _pass(self, message: Message) -> None:
+        if self._replaced:
+            return
+        if message["type"] == "http.response.start":
+            try:
+                if self._noted.last is not None and message["status"] >= 400:
+                    raise self._noted.last  # as it was, before vLLM made its own answer of it
+                for ticket in self.tickets:
+                    await ticket.admit()
+            except JoinwiseError as error:
+                await self.refuse(error)
+                return
+            self.started = True
+            self._start(message)
+        elif message["type"] == "http.response.body" and self._wants_ledger and self._streams:
+            message = self._with_ledger(message)
+        await self._send(message)
+
     def _start(self, message: Message) -> None:
-        headers = message.setdefault("headers", [])
-        content_type = dict(headers).get(b"content-type", b"")
-        self._streams = content_type.startswith(b"text/event-stream")
+        self._streams = _streams(message)
         if self._wants_ledger and not self._streams and (ledger := self._ledger()):
-            message["headers"] = [*headers, (b"x-joinwise-ledger", ledger)]
+            message["headers"] = [*message["headers"], (b"x-joinwise-ledger", ledger)]
 
     def _with_ledger(self, message: Message) -> Message:
         """Put the ledger, as an SSE comment that clients skip, before the stream's end."""
@@ -157,3 +187,8 @@ class _Call:
 
 def _headers(scope: Scope) -> dict[str, str]:
     return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+
+
+def _streams(message: Message) -> bool:
+    headers = message.setdefault("headers", [])
+    return bool(dict(headers).get(b"content-type", b"").startswith(b"text/event-stream"))

@@ -10,10 +10,11 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.executor import Executor
 
+from joinwise.actors.gateway.failures import note_error
 from joinwise.actors.gateway.tickets import Ticket, TicketOffice, active_ticket, call_tickets
 from joinwise.actors.vllm import split
 from joinwise.actors.vllm.core_client import ClusterCore
-from joinwise.cluster.errors import InvalidRequestError
+from joinwise.cluster.errors import InvalidRequestError, JoinwiseError
 
 
 def cluster_llm(config: VllmConfig, core: ClusterCore, office: TicketOffice) -> "ClusterLLM":
@@ -45,7 +46,10 @@ class ClusterLLM(AsyncLLM):
             InvalidRequestError: what the cluster does not serve, or what only it may set.
             vllm.exceptions.VLLMValidationError: what vLLM's own checks refuse.
         """
-        ticket = self._ticket(prompt, sampling_params, request_id, kwargs.get("lora_request"))
+        try:
+            ticket = self._ticket(prompt, sampling_params, request_id, kwargs.get("lora_request"))
+        except JoinwiseError as error:
+            raise note_error(error) from None
         tickets = call_tickets.get()
         if tickets is not None:
             tickets.append(ticket)
