@@ -19,6 +19,8 @@ def environment(threads: int) -> dict[str, str]:
         "OMP_WAIT_POLICY": "PASSIVE",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # Replay is written for this runner, which is the only one on a CPU and one of two on a GPU.
+        "VLLM_USE_V2_MODEL_RUNNER": "0",
     }
 
 

@@ -5,38 +5,42 @@ backend's depends on the instruction set), so blocks are exchanged whole, betwee
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from joinwise.actors.kv.frames import PROTOCOL_VERSION
+from joinwise.actors.kv.layers import make_layer
 from joinwise.proto import kv_pb2
-
-
-class UnsupportedKvCacheError(RuntimeError):
-    """A KV cache that this version cannot ship; the message names the layer."""
 
 
 class KvBlocks:
     """Reads and writes whole KV blocks of every layer.
 
     Args:
-        caches: vLLM's cache tensors by layer name, each with the block index as its first dimension
-            and contiguous within a block.
+        caches: vLLM's cache tensors by layer name (see `layers.make_layer`).
         block_size: tokens per block.
         interior: who laid out the inside of a block (attention backend and instruction set).
         model_digest: digest of the model's files.
+        num_blocks: blocks in each cache; needed for caches whose first dimension is another.
 
     Raises:
         UnsupportedKvCacheError: a tensor that is not laid out like this; the message names the layer.
     """
 
-    def __init__(self, caches: dict[str, torch.Tensor], *, block_size: int, interior: str, model_digest: str) -> None:
+    def __init__(
+        self,
+        caches: dict[str, torch.Tensor],
+        *,
+        block_size: int,
+        interior: str,
+        model_digest: str,
+        num_blocks: int | None = None,
+    ) -> None:
         self.layer_names = list(caches)
-        self._layers = [_as_bytes(name, cache) for name, cache in caches.items()]
-        self.block_bytes = [layer.shape[1] for layer in self._layers]
-        self.num_blocks = min(layer.shape[0] for layer in self._layers)
+        self._layers = [make_layer(name, cache, num_blocks) for name, cache in caches.items()]
+        self.block_bytes = [layer.block_bytes for layer in self._layers]
+        self.num_blocks = min(layer.num_blocks for layer in self._layers)
         dtypes = {str(cache.dtype) for cache in caches.values()}
         self.layout = kv_pb2.KvLayout(
             protocol_version=PROTOCOL_VERSION,
@@ -58,8 +62,7 @@ class KvBlocks:
             IndexError: a block that the cache does not have.
         """
         self._check(block_ids)
-        data = self._layers[layer]
-        return [data[start : start + count].data.cast("B") for start, count in _runs(block_ids)]
+        return self._layers[layer].read(block_ids)
 
     def write(self, layer: int, block_ids: Sequence[int], payload: memoryview) -> None:
         """Copy a payload of `len(block_ids)` blocks into the cache.
@@ -69,12 +72,13 @@ class KvBlocks:
             ValueError: a payload of another size; nothing is written.
         """
         self._check(block_ids)
-        data = self._layers[layer]
-        source = np.frombuffer(payload, dtype=np.uint8).reshape(len(block_ids), self.block_bytes[layer])
-        row = 0
-        for start, count in _runs(block_ids):
-            data[start : start + count] = source[row : row + count]
-            row += count
+        if payload.nbytes != len(block_ids) * self.block_bytes[layer]:
+            raise ValueError(f"{payload.nbytes} bytes for {len(block_ids)} blocks of {self.block_bytes[layer]}")
+        self._layers[layer].write(block_ids, payload)
+
+    def mark(self, layer: int) -> None:
+        """The step's work on a layer has been given to the device; what is read later waits for it."""
+        self._layers[layer].mark()
 
     def _check(self, block_ids: Sequence[int]) -> None:
         # A slice beyond the end would be cut short in silence.
@@ -85,26 +89,3 @@ class KvBlocks:
 def layout_digest(layout: kv_pb2.KvLayout) -> str:
     """Digest of a layout: equal digests may exchange whole blocks."""
     return hashlib.sha256(layout.SerializeToString(deterministic=True)).hexdigest()[:32]
-
-
-def _as_bytes(name: str, cache: torch.Tensor) -> np.ndarray:
-    if cache.device.type != "cpu":
-        raise UnsupportedKvCacheError(
-            f"KV cache of layer {name!r} is on {cache.device}; this version ships KV between CPU workers only"
-        )
-    if not cache.is_contiguous():
-        raise UnsupportedKvCacheError(f"KV cache of layer {name!r} is not contiguous (strides {cache.stride()})")
-    return cache.view(cache.shape[0], -1).view(torch.uint8).numpy()
-
-
-def _runs(block_ids: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Split block ids into (start, count) runs of neighbours."""
-    start = previous = -2
-    for block in block_ids:
-        if block != previous + 1:
-            if start >= 0:
-                yield start, previous - start + 1
-            start = block
-        previous = block
-    if start >= 0:
-        yield start, previous - start + 1

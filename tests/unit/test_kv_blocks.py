@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from joinwise.actors.kv.blocks import KvBlocks, UnsupportedKvCacheError, _runs
+from joinwise.actors.kv.blocks import KvBlocks
+from joinwise.actors.kv.layers import DeviceLayer, UnsupportedKvCacheError, _runs
 
 BLOCKS = 24
 
@@ -116,3 +117,24 @@ def test_a_payload_of_another_size_writes_nothing(error: int) -> None:
     with pytest.raises(ValueError):
         blocks.write(0, [1, 2, 3], memoryview(bytes(np.ones(3 * blocks.block_bytes[0] + error, np.uint8))))
     assert torch.equal(caches["layers.0"], before)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 4, 3), (6, 2, 4, 3), (4, 3, 6)])
+def test_a_device_layer_finds_its_block_dimension(shape: tuple[int, ...]) -> None:
+    cache = torch.arange(torch.tensor(shape).prod().item(), dtype=torch.float32).reshape(shape)
+    before, dimension = cache.clone(), shape.index(6)
+    layer = DeviceLayer("layer", cache, 6)
+    assert layer.block_bytes == cache.numel() // 6 * 4
+    (read,) = layer.read([4, 1])
+    wanted = before.movedim(dimension, 0)[[4, 1]].contiguous()
+    assert bytes(read) == wanted.numpy().tobytes()
+    layer.write([0, 5], read)
+    after = cache.movedim(dimension, 0)
+    assert torch.equal(after[[0, 5]], wanted)
+    untouched = [1, 2, 3, 4]
+    assert torch.equal(after[untouched], before.movedim(dimension, 0)[untouched])
+
+
+def test_a_device_layer_without_blocks_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedKvCacheError, match=r"'odd' has shape"):
+        DeviceLayer("odd", torch.zeros(2, 3), 6)

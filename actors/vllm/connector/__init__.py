@@ -63,7 +63,7 @@ class JoinwiseConnector(KVConnectorBase_V1):
             self._scheduler = host.scheduler = SchedulerConnector(block_size)
         else:
             self._worker = host.worker = WorkerConnector(
-                host.settings, block_size, wake=host.wake, on_report=host.on_report
+                host.settings, block_size, kv_cache_config.num_blocks, wake=host.wake, on_report=host.on_report
             )
 
     @property

@@ -61,6 +61,7 @@ class WorkerConnector:
     Args:
         settings: sizes and times.
         block_size: tokens per KV block.
+        num_blocks: KV blocks of each layer.
         wake: called from any thread when the engine should step.
         on_report: gets the report of every ended fetch, from any thread.
     """
@@ -69,12 +70,14 @@ class WorkerConnector:
         self,
         settings: KvSettings,
         block_size: int,
+        num_blocks: int | None = None,
         *,
         wake: Callable[[], None],
         on_report: Callable[[FetchReport], None],
     ) -> None:
         self._settings = settings
         self._block_size = block_size
+        self._num_blocks = num_blocks
         self._wake = wake
         self._on_report = on_report
         self._table = SendTable(wake)
@@ -105,6 +108,7 @@ class WorkerConnector:
             block_size=self._block_size,
             interior=settings.interior,
             model_digest=settings.model_digest,
+            num_blocks=self._num_blocks,
         )
         self._layer_index = {name: index for index, name in enumerate(self.blocks.layer_names)}
         self._client = KvClient(self.blocks, self._budget)
@@ -179,7 +183,8 @@ class WorkerConnector:
     def layer_done(self, layer_name: str) -> None:
         """The forward pass has written this layer's KV, of all its requests."""
         layer = self._layer_index.get(layer_name)
-        if layer is not None:
+        if layer is not None and self.blocks is not None:
+            self.blocks.mark(layer)
             for transfer, ready in self._step:
                 self._table.advance(transfer, layer, ready)
 
