@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import grpc
 import pytest
 import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from helpers.kv_rig import BLOCK_SIZE, LAYERS, Fetch, FrameProxy, Receiver, Sender, eventually, make_caches
 
 from joinwise.actors.kv.frames import FLAG_END, FrameHeader, FrameRefusedError, decode, encode, transfer_tag
@@ -783,3 +784,11 @@ def test_fakes_are_noise() -> None:
     """The caches differ everywhere, so that a byte which did not travel shows."""
     one, two = make_caches(8, 1), make_caches(8, 2)
     assert not any(torch.equal(one[name][block], two[name][block]) for name in one for block in range(8))
+
+
+def test_the_kv_port_answers_health_checks(sender: Sender) -> None:
+    with grpc.insecure_channel(sender.server.address) as channel:
+        answer = health_pb2_grpc.HealthStub(channel).Check(
+            health_pb2.HealthCheckRequest(service="joinwise.v1.KvService"), timeout=5
+        )
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING

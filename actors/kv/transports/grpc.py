@@ -12,6 +12,8 @@ from concurrent import futures
 from typing import Any
 
 import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
 
 from joinwise.actors.kv.blocks import KvBlocks
 from joinwise.actors.kv.frames import FLAG_END, MAX_EXPOSED_US, FrameHeader, encode, transfer_tag
@@ -19,8 +21,9 @@ from joinwise.actors.kv.receiving import Importer, LandingBudget
 from joinwise.actors.kv.sending import NoSuchTransferError, SendTable, SendTransfer, WrongEpochError
 from joinwise.proto import kv_pb2
 
-FETCH = "/joinwise.v1.KvService/Fetch"
-LAYOUT = "/joinwise.v1.KvService/Layout"
+_SERVICE = kv_pb2.DESCRIPTOR.services_by_name["KvService"].full_name
+FETCH = f"/{_SERVICE}/Fetch"
+LAYOUT = f"/{_SERVICE}/Layout"
 _LONGEST_FETCH_S = 86_400.0
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", 64 << 20),
@@ -73,6 +76,10 @@ class KvServer:
             options=CHANNEL_OPTIONS,
             maximum_concurrent_rpcs=max_streams,
         )
+        checks = health.HealthServicer()
+        checks.set(_SERVICE, health_pb2.HealthCheckResponse.SERVING)
+        health_pb2_grpc.add_HealthServicer_to_server(checks, self._server)
+        reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         self._server.add_generic_rpc_handlers((_Handlers(self._fetch, self._layout),))
         if credentials is None:
             port = self._server.add_insecure_port(bind)
