@@ -135,6 +135,7 @@ class EngineLoop:
                 self._do_work()
                 if not self.core.scheduler.has_requests():
                     self._wake.wait()
+                    self.last_step_at = time.monotonic()  # it was idle, not stuck
                 elif not self._step():
                     self._wake.wait(_IDLE_WAIT_S)
         except BaseException as error:
