@@ -1,7 +1,7 @@
 """`ClusterLLM`: vLLM's `AsyncLLM` over `ClusterCore`, with a ticket for every call of `generate`."""
 
 from collections.abc import AsyncGenerator
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from vllm.config import VllmConfig
 from vllm.outputs import RequestOutput
@@ -14,7 +14,7 @@ from joinwise.actors.gateway.failures import note_error
 from joinwise.actors.gateway.tickets import Ticket, TicketOffice, active_ticket, call_tickets
 from joinwise.actors.vllm import split
 from joinwise.actors.vllm.core_client import ClusterCore
-from joinwise.cluster.errors import InvalidRequestError, JoinwiseError
+from joinwise.cluster.errors import InvalidRequestError, JoinwiseError, NotSupportedError
 
 
 def cluster_llm(config: VllmConfig, core: ClusterCore, office: TicketOffice) -> "ClusterLLM":
@@ -91,3 +91,43 @@ class ClusterLLM(AsyncLLM):
             whole=bool(split.whole_reason(checked_params, has_embeds=checked.prompt_embeds is not None)),
             adapter=lora.lora_name if lora is not None else None,
         )
+
+
+#: Calls of vLLM's `EngineClient` that mean one engine: a cluster answers 501.
+_OF_ONE_ENGINE = (
+    "checkpoint_prepare",
+    "checkpoint_restore",
+    "collective_rpc",
+    "compute_weight_checksums",
+    "finish_weight_update",
+    "handle_fault",
+    "init_weight_transfer_engine",
+    "is_sleeping",
+    "pause_generation",
+    "release_kv_cache_memory",
+    "reset_encoder_cache",
+    "reset_mm_cache",
+    "resume_generation",
+    "scale_elastic_ep",
+    "shutdown_weight_transfer_engine",
+    "sleep",
+    "start_draft_weight_update",
+    "start_profile",
+    "start_weight_update",
+    "stop_profile",
+    "update_weight_version",
+    "update_weights",
+    "wake_up",
+)
+
+
+def _refusing(name: str) -> Any:
+    async def refuse(self: ClusterLLM, *args: Any, **kwargs: Any) -> NoReturn:
+        raise note_error(NotSupportedError(f"{name} is for a single engine: a cluster does not support it"))
+
+    return refuse
+
+
+for _name in _OF_ONE_ENGINE:
+    assert hasattr(AsyncLLM, _name), f"vLLM has renamed {_name}"
+    setattr(ClusterLLM, _name, _refusing(_name))
