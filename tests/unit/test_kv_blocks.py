@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from joinwise.actors.kv.blocks import KvBlocks
@@ -35,6 +35,7 @@ def test_runs(ids: list[int], runs: list[tuple[int, int]]) -> None:
     assert list(_runs(ids)) == runs
 
 
+@settings(deadline=None)
 @given(st.permutations(range(BLOCKS)), st.integers(0, BLOCKS))
 def test_runs_keep_order_and_every_block(order: list[int], count: int) -> None:
     ids = order[:count]
@@ -43,6 +44,7 @@ def test_runs_keep_order_and_every_block(order: list[int], count: int) -> None:
     assert all(a + n != b for (a, n), (b, _) in itertools.pairwise(runs)), "neighbours are one run"
 
 
+@settings(deadline=None)
 @given(st.permutations(range(BLOCKS)), st.permutations(range(BLOCKS)), st.integers(1, BLOCKS), st.integers(0, 1))
 def test_what_one_cache_reads_another_writes(source: list[int], target: list[int], count: int, layer: int) -> None:
     sender, sent = _blocks(1)

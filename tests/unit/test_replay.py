@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor.interface import BatchUpdate, MoveDirectionality
@@ -180,6 +180,7 @@ _OPERATIONS = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(_OPERATIONS)
 def test_follows_a_batch_like_a_simple_model(operations: list[tuple[str, int, int, list[int], int]]) -> None:
     """The model: an array of requests, rearranged the same way; each step every row emits a token."""
