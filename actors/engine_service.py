@@ -99,7 +99,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         self, requests: AsyncIterator[engine_pb2.AttachRequest], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[engine_pb2.AttachResponse]:
         """See engine.proto."""
-        hello = (await anext(aiter(requests))).hello
+        hello = (await anext(aiter(requests), engine_pb2.AttachRequest())).hello
         await self._check(hello, context)
         slot = next(self._slots)
         gateway = self._gateways[slot] = _Gateway(hello.gateway_id)
@@ -173,11 +173,11 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
             kind = message.WhichOneof("message")
             if kind == "add":
                 request = self._decoder.decode(list(message.add.request))
-                self._slot_of[request.request_id] = slot
+                self._slot_of.setdefault(request.request_id, slot)
                 self._loop.add(slot, request)
             elif kind == "abort":
                 for request_id in message.abort.request_ids:
-                    self._slot_of.pop(request_id, None)
+                    self._forget(slot, request_id)
                 self._loop.abort(slot, list(message.abort.request_ids))
             elif kind == "continue_request":
                 each = message.continue_request
@@ -185,7 +185,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
 
     def _send(self, slot: int, message: engine_pb2.AttachResponse, finished: list[str]) -> None:
         for request_id in finished:
-            self._slot_of.pop(request_id, None)
+            self._forget(slot, request_id)
         gateway = self._gateways.get(slot)
         if gateway is None:
             return
@@ -194,6 +194,10 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         except asyncio.QueueFull:
             logger.error("gateway %s does not read its outputs; cutting it off", gateway.gateway_id)
             self._end(gateway)
+
+    def _forget(self, slot: int, request_id: str) -> None:
+        if self._slot_of.get(request_id) == slot:  # a duplicate's end is not its namesake's
+            del self._slot_of[request_id]
 
     def _send_report(self, request_id: str, message: engine_pb2.AttachResponse) -> None:
         slot = self._slot_of.get(request_id)

@@ -159,9 +159,9 @@ class EngineLoop:
             if output.scheduler_stats is not None:
                 self._record(output.scheduler_stats)
                 output.scheduler_stats = None
-            for each in output.outputs:
-                if each.finish_reason is not None:
-                    self._owners[slot].discard(each.request_id)
+            if slot in self._owners and any(each.finish_reason is not None for each in output.outputs):
+                # One that is finished but kept for a receiver stays its gateway's: vLLM knows it until then.
+                self._owners[slot].intersection_update(self.core.scheduler.requests)
             if output.outputs:
                 self._measure(output, self.last_step_at - begin)
                 self._on_outputs(slot, output)
