@@ -227,7 +227,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
             kv_streams=host.worker.streams,
             landing_bytes=host.worker.landing_bytes,
             held=held[:16],
-            refused_frames={k: v for k, v in host.worker.counters.items() if k not in ("completed", "failed")},
+            failure_reasons={k: v for k, v in host.worker.counters.items() if k not in ("completed", "failed")},
             transfers_completed=host.worker.counters["completed"],
             transfers_failed=host.worker.counters["failed"],
         )

@@ -125,8 +125,8 @@ class IdleRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class IdleResponse(_message.Message):
-    __slots__ = ("scheduler_requests", "blocks_used", "blocks_total", "connector_entries", "kv_streams", "landing_bytes", "held", "refused_frames", "transfers_completed", "transfers_failed")
-    class RefusedFramesEntry(_message.Message):
+    __slots__ = ("scheduler_requests", "blocks_used", "blocks_total", "connector_entries", "kv_streams", "landing_bytes", "held", "failure_reasons", "transfers_completed", "transfers_failed")
+    class FailureReasonsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
@@ -140,7 +140,7 @@ class IdleResponse(_message.Message):
     KV_STREAMS_FIELD_NUMBER: _ClassVar[int]
     LANDING_BYTES_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
-    REFUSED_FRAMES_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_REASONS_FIELD_NUMBER: _ClassVar[int]
     TRANSFERS_COMPLETED_FIELD_NUMBER: _ClassVar[int]
     TRANSFERS_FAILED_FIELD_NUMBER: _ClassVar[int]
     scheduler_requests: int
@@ -150,7 +150,7 @@ class IdleResponse(_message.Message):
     kv_streams: int
     landing_bytes: int
     held: _containers.RepeatedScalarFieldContainer[str]
-    refused_frames: _containers.ScalarMap[str, int]
+    failure_reasons: _containers.ScalarMap[str, int]
     transfers_completed: int
     transfers_failed: int
-    def __init__(self, scheduler_requests: _Optional[int] = ..., blocks_used: _Optional[int] = ..., blocks_total: _Optional[int] = ..., connector_entries: _Optional[int] = ..., kv_streams: _Optional[int] = ..., landing_bytes: _Optional[int] = ..., held: _Optional[_Iterable[str]] = ..., refused_frames: _Optional[_Mapping[str, int]] = ..., transfers_completed: _Optional[int] = ..., transfers_failed: _Optional[int] = ...) -> None: ...
+    def __init__(self, scheduler_requests: _Optional[int] = ..., blocks_used: _Optional[int] = ..., blocks_total: _Optional[int] = ..., connector_entries: _Optional[int] = ..., kv_streams: _Optional[int] = ..., landing_bytes: _Optional[int] = ..., held: _Optional[_Iterable[str]] = ..., failure_reasons: _Optional[_Mapping[str, int]] = ..., transfers_completed: _Optional[int] = ..., transfers_failed: _Optional[int] = ...) -> None: ...

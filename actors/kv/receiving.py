@@ -38,7 +38,9 @@ class FetchSpec:
     """What to fetch, from whom, into which blocks.
 
     `first_block` counts from the prompt's first block; `block_ids` are the local blocks, in prompt
-    order, that start there. `timeout_s` bounds the whole transfer.
+    order, that start there. `timeout_s` bounds the wait for
+    each frame after the first. The first may take as long as the sender's queue is, up to `start_s`:
+    whether the sender still lives is told by its connection, not by a clock.
     """
 
     request_id: str
@@ -49,6 +51,7 @@ class FetchSpec:
     block_ids: tuple[int, ...]
     num_tokens: int
     timeout_s: float
+    start_s: float = 600.0
 
 
 @dataclass

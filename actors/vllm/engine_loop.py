@@ -24,7 +24,7 @@ from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.metrics.stats import SchedulerStats
 
 from joinwise.actors.vllm import connector
-from joinwise.actors.vllm.handoff import Handoff, set_replay
+from joinwise.actors.vllm.handoff import KV_TRANSFER_KEY, Handoff, set_replay
 
 logger = logging.getLogger(__name__)
 
@@ -184,6 +184,7 @@ class EngineLoop:
         try:
             if request_id in self.core.scheduler.requests:
                 raise ValueError(f"request id {request_id} is in use")
+            Handoff.from_params((request.params.extra_args or {}).get(KV_TRANSFER_KEY))  # refuse a broken one here
             request.client_index = slot
             self.core.add_request(*self.core.preprocess_add_request(request))
             self._owners[slot].add(request_id)

@@ -147,6 +147,7 @@ class Receiver:
         first_block: int = 0,
         epoch: int = 1,
         timeout_s: float = 20.0,
+        start_s: float = 20.0,
         num_tokens: int = 0,
     ) -> "Fetch":
         """Begin a fetch on a thread of its own."""
@@ -160,6 +161,7 @@ class Receiver:
             block_ids=ids,
             num_tokens=num_tokens or (first_block + len(ids)) * BLOCK_SIZE,
             timeout_s=timeout_s,
+            start_s=start_s,
         )
         return Fetch(self, Importer(spec, self.blocks))
 

@@ -467,11 +467,14 @@ def test_a_lease_does_not_end_a_stream(sender: Sender, receiver: Receiver) -> No
     eventually(lambda: sender.sweep() == {"t.p"}, "the blocks are given back")
 
 
-def test_a_transfer_that_takes_too_long(sender: Sender, receiver: Receiver) -> None:
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_transfer_that_stalls(sender: Sender, receiver: Receiver, begun: bool) -> None:
+    limits = {"timeout_s": 0.4} if begun else {"start_s": 0.4}
     transfer = sender.open("t", [1, 2])
-    fetch = receiver.fetch("t", [5, 6], sender.server.address, timeout_s=0.4)
-    sender.compute(transfer, until=1)
-    fetch.fail(grpc.StatusCode.DEADLINE_EXCEEDED)
+    fetch = receiver.fetch("t", [5, 6], sender.server.address, **limits)
+    if begun:
+        sender.compute(transfer, until=1)
+    assert isinstance(fetch.fail(), TimeoutError)
     eventually(lambda: bool(transfer.closed) and not transfer.streaming, "the sender notices")
     sender.finish(transfer)
     assert sender.sweep() == {"t.p"}
@@ -492,6 +495,11 @@ def test_a_request_that_ends_before_its_prompt_is_computed(sender: Sender, recei
 def test_too_many_streams_are_refused_never_queued(receiver: Receiver) -> None:
     """Queued behind streams that wait for prefill, a finished transfer would hold the blocks that it needs."""
     sender = Sender(max_streams=2)
+    first = sender.open("first", [20])  # the handshake is a call too, and would take a stream's place
+    sender.compute(first)
+    sender.finish(first)
+    receiver.fetch("first", [30], sender.server.address).succeed()
+    eventually(lambda: sender.server.open_streams == 0, "the first stream ends")
     waiting = [sender.open(f"w{index}", [index]) for index in range(2)]
     fetches = [receiver.fetch(each.transfer_id, [10 + each.block_ids[0]], sender.server.address) for each in waiting]
     eventually(lambda: sender.server.open_streams == 2, "both wait")

@@ -4,6 +4,7 @@ The server half sends what a `SendTable` holds; the client half feeds an `Import
 threads, not an event loop: they copy megabytes and must not share a loop with token frames.
 """
 
+import contextlib
 import functools
 import threading
 import time
@@ -195,6 +196,7 @@ class KvClient:
         self._credentials = credentials
         self._channels: dict[str, grpc.Channel] = {}
         self._agreed: set[str] = set()
+        self._stalls = _Stalls()
         self._lock = threading.Lock()
 
     def fetch(self, importer: Importer, on_call: Callable[[grpc.Call], None]) -> tuple[int, float, float]:
@@ -208,14 +210,14 @@ class KvClient:
             Payload bytes, seconds from first to last frame, seconds of copying.
 
         Raises:
-            grpc.RpcError: the stream failed, was cancelled or timed out.
+            grpc.RpcError: the stream failed or was cancelled.
+            TimeoutError: it made no progress.
             FrameRefusedError: a frame must not be used.
         """
         spec = importer.spec
         channel = self._channel(spec.peer)
         try:
-            deadline = time.monotonic() + spec.timeout_s
-            self._agree(channel, spec.peer, spec.timeout_s)
+            self._agree(channel, spec.peer, min(spec.timeout_s, spec.start_s))
             fetch: Any = channel.unary_stream(FETCH, kv_pb2.FetchRequest.SerializeToString, None)
             call = fetch(
                 kv_pb2.FetchRequest(
@@ -226,10 +228,16 @@ class KvClient:
                     layout_digest=self._blocks.digest,
                     num_tokens=spec.num_tokens,
                 ),
-                timeout=max(0.0, deadline - time.monotonic()),
+                timeout=_LONGEST_FETCH_S / 24,  # a last resort: stalls are noticed long before
             )
             on_call(call)
-            return self._receive(call, importer)
+            with self._stalls.watch(call, spec.start_s) as watched:
+                try:
+                    return self._receive(call, importer, lambda: watched.allow(spec.timeout_s))
+                except grpc.RpcError as error:
+                    if watched.stalled:
+                        raise TimeoutError(f"{spec.peer} sent no frame for {watched.allowed:g} s") from error
+                    raise
         except grpc.RpcError as error:
             if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.FAILED_PRECONDITION):
                 self._agreed.discard(spec.peer)  # a restarted peer must show its layout again
@@ -241,12 +249,14 @@ class KvClient:
             channels, self._channels = self._channels, {}
         for channel in channels.values():
             channel.close()
+        self._stalls.stop()
 
-    def _receive(self, call: Any, importer: Importer) -> tuple[int, float, float]:
+    def _receive(self, call: Any, importer: Importer, progress: Callable[[], None]) -> tuple[int, float, float]:
         total, first, copying = 0, 0.0, 0.0
         last = first
         try:
             for frame in call:
+                progress()
                 self._budget.acquire(len(frame))
                 try:
                     begin = time.monotonic()
@@ -280,6 +290,71 @@ class KvClient:
                     channel = grpc.secure_channel(peer, self._credentials, options)
                 self._channels[peer] = channel
             return channel
+
+
+class _Watched:
+    """A call that must make progress; see `_Stalls`."""
+
+    def __init__(self, call: grpc.Call, changed: threading.Condition) -> None:
+        self.call = call
+        self.allowed = 0.0
+        self.limit = 0.0
+        self.stalled = False
+        self._changed = changed
+
+    def allow(self, seconds: float) -> None:
+        """It has made progress: give it these seconds to make more."""
+        with self._changed:
+            sooner = seconds < self.allowed
+            self.allowed, self.limit = seconds, time.monotonic() + seconds
+            if sooner:
+                self._changed.notify()
+
+
+class _Stalls:
+    """Cancels calls that make no progress, from one thread for all of them."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._watched: set[_Watched] = set()
+        self._thread: threading.Thread | None = None
+        self._stopped = False
+
+    @contextlib.contextmanager
+    def watch(self, call: grpc.Call, seconds: float) -> Iterator[_Watched]:
+        """Cancel `call` after these seconds, unless it is allowed more first."""
+        watched = _Watched(call, self._changed)
+        watched.allow(seconds)
+        with self._changed:
+            self._watched.add(watched)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="kv-stalls", daemon=True)
+                self._thread.start()
+            self._changed.notify()
+        try:
+            yield watched
+        finally:
+            with self._changed:
+                self._watched.discard(watched)
+
+    def stop(self) -> None:
+        """End the thread."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        with self._changed:
+            while not self._stopped:
+                now = time.monotonic()
+                for watched in [each for each in self._watched if each.limit <= now]:
+                    watched.stalled = True
+                    self._watched.discard(watched)
+                    watched.call.cancel()
+                nearest = min((watched.limit for watched in self._watched), default=None)
+                self._changed.wait(None if nearest is None else max(0.0, nearest - now))
 
 
 class _Handlers(grpc.GenericRpcHandler):

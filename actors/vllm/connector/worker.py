@@ -255,6 +255,8 @@ class WorkerConnector:
                 )
         except FrameRefusedError as error:
             kind, report.failure = error.reason, str(error)
+        except TimeoutError as error:
+            kind, report.failure = "stalled", str(error)
         except grpc.RpcError as error:
             kind = f"stream_{error.code().name.lower()}"
             report.failure = f"{error.code().name}: {error.details()}"
