@@ -1,52 +1,63 @@
-"""`joinwise up`, `down` and `demo`: the commands that start and stop a cluster on this machine."""
+"""`joinwise up`, `down` and `demo`: the commands that start and stop a cluster on this machine.
+
+The terminal shows one line a step; what Ray, vLLM and the actors print goes into a log.
+"""
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from joinwise.actors import runfile
 from joinwise.cluster import env
+from joinwise.cluster.cli.options import ConfigFile, config_path
 from joinwise.cluster.config import JoinwiseConfig, load_config
-from joinwise.cluster.errors import ConfigError, JoinwiseError
+from joinwise.cluster.errors import ConfigError, InternalError, JoinwiseError
 
 console = Console(stderr=True, highlight=False)
-File = Annotated[Path | None, typer.Option("--file", "-f", help="joinwise.yaml; the demo's configuration without it")]
 
 _DEMO_PROMPT = "In two sentences: why is the sky blue?"
+_POLL_S = 0.1
 
 
 def up(
-    file: File = None,
+    file: ConfigFile = None,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Return once the cluster is ready")] = False,
 ) -> None:
     """Start a cluster: on this machine, or in the Ray cluster that the configuration names."""
+    file = config_path(file)
     config = load_config(file)
+    _refuse_second(config)
     if detach:
         facts = _start_detached(config, file)
         console.print(f"[green]ready[/] {facts['addresses']['http']} (HTTP), {facts['addresses']['grpc']} (gRPC)")
         console.print("stop it with [bold]joinwise down[/]")
         return
-    from joinwise.actors.launch import run
+    with _output_in_log(config) as terminal, terminal.status("running; Ctrl-C stops the cluster"):
+        from joinwise.actors.launch import run
 
-    begin = time.monotonic()
-    asyncio.run(run(config, lambda line: console.print(f"[dim][{time.monotonic() - begin:6.1f} s][/] {line}")))
+        asyncio.run(run(config, _sayer(terminal)))
 
 
 def down(
-    file: File = None,
+    file: ConfigFile = None,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for running requests")] = 60.0,
 ) -> None:
     """Stop the cluster that runs on this machine: running requests may end first."""
-    config = load_config(file)
-    if not _stop(config.cluster, timeout):
+    config = load_config(config_path(file))
+    if _stop(config.cluster, timeout):
+        console.print(f"cluster {config.cluster!r} has stopped")
+    else:
         console.print(f"cluster {config.cluster!r} does not run on this machine")
 
 
@@ -54,85 +65,157 @@ def demo(
     prompt: Annotated[str, typer.Argument(help="What to ask the bundled model")] = _DEMO_PROMPT,
 ) -> None:
     """Start a small cluster here, ask it something, show where the time went, stop it."""
-    from joinwise.actors.models import resolve_model
+    begin = time.monotonic()
+    config = load_config(None)
+    _refuse_second(config)
+    facts = _start_detached(config, None, JOINWISE_GATEWAY__HTTP_PORT="0", JOINWISE_GATEWAY__GRPC_PORT="0")
+    try:
+        first = _ask(facts["addresses"]["grpc"], prompt)
+        if first is not None:
+            console.print(f"[dim]first token {first - begin:.1f} s after the command was given[/]")
+    finally:
+        with console.status("stopping"):
+            _stop(config.cluster, 60.0)
+        console.print("[dim]stopped; nothing is left running[/]")
+
+
+def _ask(target: str, prompt: str) -> float | None:
+    """Stream one answer to the terminal, then its ledger; returns when the first token came."""
     from joinwise.cluster.cli.ledger import render_ledger
     from joinwise.cluster.client import Client
     from joinwise.cluster.client.types import Delta
 
-    begin = time.monotonic()
-    config = load_config(None)
-    for model in config.models:
-        resolve_model(model.model, revision=model.revision, progress=lambda line: console.print(f"[dim]{line}[/]"))
-    facts = _start_detached(config, None)
-    try:
-        out = Console(highlight=False)
-        console.print(f"\n[bold]{prompt}[/]")
-        with Client(facts["addresses"]["grpc"]) as client:
-            first: float | None = None
-            with client.generate(
-                messages=[{"role": "user", "content": prompt}], max_tokens=96, temperature=0.0, stream=True
-            ) as stream:
-                for event in stream:
-                    if isinstance(event, Delta) and event.text:
-                        first = first or time.monotonic()
-                        out.print(event.text, end="")
-                out.print("\n")
-            if stream.ledger is not None:
-                out.print(render_ledger(stream.ledger))
-        if first is not None:
-            console.print(f"[dim]first token {first - begin:.1f} s after the command was given[/]")
-    finally:
-        _stop(config.cluster, 60.0)
-        console.print("[dim]stopped[/]")
+    out = Console(highlight=False)
+    out.print(Text(f"\n{prompt}", style="bold"))
+    first: float | None = None
+    messages = [{"role": "user", "content": prompt}]
+    with Client(target) as client:
+        with client.generate(messages=messages, max_tokens=96, temperature=0.0, stream=True) as stream:
+            for event in stream:
+                if isinstance(event, Delta) and event.text:
+                    first = first or time.monotonic()
+                    out.print(Text(event.text), end="")
+            out.print("\n")
+        if stream.ledger is not None:
+            out.print(render_ledger(stream.ledger))
+    return first
 
 
-def _start_detached(config: JoinwiseConfig, file: Path | None) -> dict[str, Any]:
-    """Start the launcher in a session of its own, show its progress, and wait until it is ready."""
-    if runfile.running(config.cluster):
-        raise ConfigError(f"cluster {config.cluster!r} runs on this machine already: `joinwise down` stops it")
+def _refuse_second(config: JoinwiseConfig) -> None:
+    if facts := runfile.running(config.cluster):
+        at = facts["addresses"]["http"] if facts.get("ready") else "not ready yet"
+        raise ConfigError(f"cluster {config.cluster!r} runs on this machine already ({at}): `joinwise down` stops it")
+
+
+def _log_file(config: JoinwiseConfig) -> Path:
     log = env.home(os.environ) / "log" / f"{config.cluster}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
+    return log
+
+
+def _sayer(terminal: Console) -> Callable[[str], None]:
+    """Prints a line of progress, with the seconds since now, on the terminal and into the log."""
+    begin = time.monotonic()
+
+    def say(line: str) -> None:
+        line = f"[{time.monotonic() - begin:6.1f} s] {line}"
+        print(line, flush=True)
+        terminal.print(Text(line, style="dim"))
+
+    return say
+
+
+@contextlib.contextmanager
+def _output_in_log(config: JoinwiseConfig) -> Iterator[Console]:
+    """Send what this process and its actors print into the log; yields a console on the terminal."""
+    log = _log_file(config)
+    with os.fdopen(os.dup(2), "w") as terminal, log.open("w") as output:
+        kept = [os.dup(number) for number in (1, 2)]
+        for number in (1, 2):
+            os.dup2(output.fileno(), number)
+        shown = Console(file=terminal, highlight=False)
+        shown.print(Text(f"log: {log}", style="dim"))
+        try:
+            yield shown
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, copy in zip((1, 2), kept, strict=True):
+                os.dup2(copy, number)
+                os.close(copy)
+
+
+def _start_detached(config: JoinwiseConfig, file: Path | None, **environment: str) -> dict[str, Any]:
+    """Start the launcher in a session of its own, show its progress, and wait until it is ready.
+
+    Raises:
+        ConfigError: the launcher has failed; its last line says why. Interrupted, it is stopped first.
+    """
+    log = _log_file(config)
     command = [sys.executable, "-m", "joinwise.actors.launch", *(["-f", str(file.resolve())] if file else [])]
     with log.open("w") as output:
         launcher = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+            command,
+            env=environment | os.environ,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
         )
-    shown = 0
-    with console.status("starting"), log.open() as lines:
-        while True:
-            for line in lines:
-                if line.startswith("["):
-                    console.print(f"[dim]{line.rstrip()}[/]", markup=True)
-                shown += 1
-            facts = runfile.running(config.cluster)
-            if facts.get("ready"):
-                return facts
-            if launcher.poll() is not None:
-                tail = "".join(log.read_text().splitlines(keepends=True)[-15:])
-                raise ConfigError(f"the cluster did not start; the end of {log}:\n{tail}")
-            time.sleep(0.1)
+    console.print(Text(f"log: {log}", style="dim"))
+    try:
+        with console.status("starting"), log.open() as lines:
+            while True:
+                for line in lines:
+                    if line.startswith("["):
+                        console.print(Text(line.rstrip(), style="dim"))
+                facts = runfile.running(config.cluster)
+                if facts.get("ready"):
+                    return facts
+                if launcher.poll() is not None:
+                    raise _last_words(log, launcher.returncode)
+                time.sleep(_POLL_S)
+    except BaseException:
+        if launcher.poll() is None:
+            launcher.send_signal(signal.SIGTERM)
+            launcher.wait()
+        raise
+
+
+def _last_words(log: Path, status: int) -> JoinwiseError:
+    """Why a launcher ended: its own last line, if it left one."""
+    from joinwise.actors.launch import FAILED
+
+    lines = log.read_text(errors="replace").splitlines()
+    for index in range(len(lines) - 1, -1, -1):
+        if lines[index].startswith(FAILED):
+            return ConfigError("\n".join(lines[index:]).removeprefix(FAILED))
+    return InternalError(f"the launcher has ended with status {status}; see {log}")
 
 
 def _stop(cluster: str, timeout: float) -> bool:
-    """Stop a launcher; returns False when there is none."""
+    """Stop a launcher and wait until its process has gone; returns False when there is none."""
     facts = runfile.running(cluster)
     if not facts:
+        runfile.forget(cluster)
         return False
     pid = int(facts["pid"])
-    os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + timeout
-    while runfile.running(cluster):
+    os.kill(pid, signal.SIGTERM)
+    while _lives(pid):
         if time.monotonic() > deadline:
-            os.killpg(os.getpgid(pid), signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)  # Ray's processes, the actors and Redis end with it
             raise JoinwiseError(f"cluster {cluster!r} did not stop within {timeout:.0f} s and was killed")
-        time.sleep(0.1)
-    _reap(pid)
+        time.sleep(_POLL_S)
     return True
 
 
-def _reap(pid: int) -> None:
-    """A launcher that this process started leaves a zombie otherwise."""
+def _lives(pid: int) -> bool:
+    """Whether a process runs; one that this process started is reaped."""
+    with contextlib.suppress(ChildProcessError):
+        return os.waitpid(pid, os.WNOHANG) == (0, 0)
     try:
-        os.waitpid(pid, 0)
-    except ChildProcessError:
-        pass
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -8,8 +8,8 @@ import os
 from collections.abc import Sequence
 
 
-def environment(threads: int) -> dict[str, str]:
-    """Environment of an engine process with this many OpenMP threads.
+def environment(threads: int, log_level: str = "info") -> dict[str, str]:
+    """Environment of a process that runs vLLM, with this many OpenMP threads.
 
     Two engines whose OpenMP threads spin on the same cores are an order of magnitude slower, hence
     the passive wait policy. The engine core runs in the process itself, on the loop's own thread.
@@ -19,6 +19,8 @@ def environment(threads: int) -> dict[str, str]:
         "OMP_WAIT_POLICY": "PASSIVE",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "DEBUG" if log_level == "debug" else "WARNING",
+        "TOKENIZERS_PARALLELISM": "false",
         # Replay is written for this runner, which is the only one on a CPU and one of two on a GPU.
         "VLLM_USE_V2_MODEL_RUNNER": "0",
     }

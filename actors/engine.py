@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -25,6 +25,7 @@ from vllm.lora.request import LoRARequest
 from joinwise.actors import cpu
 from joinwise.actors.engine_service import PROTOCOL_VERSION, EngineService, WorkerIdentity
 from joinwise.actors.models import resolve_model
+from joinwise.actors.spec import WorkerSpec
 from joinwise.actors.vllm import build, connector
 from joinwise.actors.vllm.connector.worker import KvSettings
 from joinwise.actors.vllm.engine_loop import EngineLoop
@@ -38,23 +39,6 @@ logger = logging.getLogger(__name__)
 
 _STUCK_S = 60.0
 _SERVICE = engine_pb2.DESCRIPTOR.services_by_name["EngineService"].full_name
-
-
-@dataclass(frozen=True)
-class WorkerSpec:
-    """What one worker needs to know to start.
-
-    Attributes:
-        pool: name of its pool.
-        worker_id: unique in the cluster.
-        cores: CPU cores to run on; empty leaves that to the system.
-        host: address to listen on and to register.
-    """
-
-    pool: str
-    worker_id: str
-    cores: tuple[int, ...] = ()
-    host: str = "127.0.0.1"
 
 
 class EngineWorker:
@@ -147,7 +131,6 @@ class EngineWorker:
             frame_bytes=kv.frame_bytes,
             landing_bytes=kv.landing_bytes,
             lease_s=kv.lease_s,
-            max_streams=max(8, 2 * config.scheduler_config.max_num_seqs),
             model_digest=digest,
             interior=build.interior_of(config),
         )

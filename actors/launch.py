@@ -3,7 +3,8 @@
     python -m joinwise.actors.launch -f joinwise.yaml
 
 is what `joinwise up` runs, and what `ray job submit` runs inside a Ray cluster. The process stays
-while the cluster runs; SIGINT or SIGTERM ends both.
+while the cluster runs; SIGINT or SIGTERM ends both. It loads neither vLLM nor torch: on a small
+machine that would cost as much as an engine's start.
 """
 
 import argparse
@@ -16,27 +17,37 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from joinwise.actors import ray_api
-from joinwise.actors.engine import EngineWorker, WorkerSpec
+from joinwise.actors.models import resolve_model
 from joinwise.actors.runfile import RunFile
+from joinwise.actors.spec import WorkerSpec
 from joinwise.cluster.config import JoinwiseConfig, load_config
-from joinwise.cluster.errors import ConfigError, JoinwiseError
+from joinwise.cluster.errors import ConfigError, JoinwiseError, StoreUnavailableError
 from joinwise.cluster.store.embedded import EmbeddedRedis
+
+if TYPE_CHECKING:
+    from joinwise.actors.engine import EngineWorker
 
 logger = logging.getLogger(__name__)
 
+#: What the last line begins with when the launcher fails.
+FAILED = "joinwise: "
 _HEALTH_EVERY_S = 2.0
 _HEALTH_TIMEOUT_S = 20.0
 _MAX_BACK_OFF_S = 60.0
 Say = Callable[[str], None]
 
 
-def engine_actor(config: JoinwiseConfig, spec: WorkerSpec, redis_url: str) -> EngineWorker:
-    """What an engine actor hosts."""
-    return EngineWorker(config, spec, redis_url)
+def engine_actor(config: JoinwiseConfig, spec: WorkerSpec, redis_url: str) -> "EngineWorker":
+    """What an engine actor hosts; it listens where its own node is reached."""
+    from joinwise.actors.engine import EngineWorker
+
+    return EngineWorker(config, replace(spec, host=spec.host or ray_api.node_address()), redis_url)
 
 
 def gateway_actor(config: JoinwiseConfig, redis_url: str) -> "GatewayHost":
@@ -53,9 +64,9 @@ class GatewayHost:
         self._gateway = Gateway(config, redis_url)
 
     async def start(self) -> dict[str, str]:
-        """Open the listeners; returns their addresses."""
+        """Open the listeners; returns their addresses, as clients reach them."""
         addresses = await self._gateway.start()
-        return {"http": addresses.http, "grpc": addresses.grpc}
+        return {name: reachable(address) for name, address in asdict(addresses).items()}
 
     async def stop(self) -> None:
         """See `Gateway.stop`."""
@@ -70,15 +81,28 @@ class GatewayHost:
         return ""
 
 
+def reachable(address: str) -> str:
+    """An address with the node's own in place of "all interfaces"."""
+    for anywhere in ("0.0.0.0:", "[::]:", ":::"):
+        if anywhere in address:
+            return address.replace(anywhere, f"{ray_api.node_address()}:", 1)
+    return address
+
+
 @dataclass
 class _Slot:
-    """One replica of a pool: the worker that fills it now, and how often it has failed."""
+    """One thing to keep running: the actor that fills it now, and how often it has been filled.
 
-    pool: str
-    cores: tuple[int, ...]
+    Attributes:
+        make: starts the actor of a generation, counted from 1.
+        what: in the launcher's lines.
+    """
+
+    make: Callable[[int], ray_api.Actor]
+    what: str
     generation: int = 0
     actor: ray_api.Actor | None = None
-    facts: dict[str, object] = field(default_factory=dict)
+    facts: dict[str, str] = field(default_factory=dict)
     retry_at: float = 0.0
     starting: asyncio.Task[None] | None = None
 
@@ -89,17 +113,31 @@ class Cluster:
     Args:
         config: what to run.
         say: gets one line for every step of the start.
+        with_gateway: start a gateway too; Serve brings its own.
     """
 
-    def __init__(self, config: JoinwiseConfig, say: Say = lambda _: None) -> None:
+    def __init__(self, config: JoinwiseConfig, say: Say = lambda _: None, *, with_gateway: bool = True) -> None:
         self.config = config
-        self._say = say
-        self._redis: EmbeddedRedis | None = None
         self.redis_url = config.redis.url
-        self.slots: list[_Slot] = []
-        self.gateway: ray_api.Actor | None = None
         self.addresses: dict[str, str] = {}
-        self._host = "127.0.0.1"
+        self._say = say
+        self._with_gateway = with_gateway
+        self._redis: EmbeddedRedis | None = None
+        self._slots: list[_Slot] = []
+        self._gateway: _Slot | None = None
+        self._ray: ray_api.Connection | None = None
+
+    def start_redis(self) -> str:
+        """Start the embedded Redis, if that is configured; returns the address of the cluster's Redis.
+
+        Raises:
+            StoreStartError: it cannot be started.
+        """
+        if self.config.redis.url == "embedded" and self._redis is None:
+            self._say("starting Redis")
+            self._redis = EmbeddedRedis.start(self.config.redis)
+            self.redis_url = self._redis.url
+        return self.redis_url
 
     async def start(self) -> dict[str, str]:
         """Start everything; returns the gateway's addresses.
@@ -109,91 +147,142 @@ class Cluster:
         """
         try:
             return await self._start()
-        except BaseException:
+        except BaseException as error:
             await self.stop()
-            raise
+            while isinstance(error, BaseExceptionGroup):
+                error = error.exceptions[0]
+            raise error from None
 
     async def _start(self) -> dict[str, str]:
         config = self.config
-        if config.redis.url == "embedded":
-            self._say("starting Redis")
-            self._redis = EmbeddedRedis.start(config.redis)  # on this thread: the server dies with it
-            self.redis_url = self._redis.url
-        self._say("starting Ray")
-        cpus = sum(pool.resources.num_cpus * pool.replicas for pool in config.pools)
-        address = await asyncio.to_thread(ray_api.connect, config, cpus=cpus)
-        local = address == ray_api.LOCAL
-        self._host = "127.0.0.1" if local else ray_api.node_address()
-        self.slots = list(_slots(config, local))
-        self._say(f"starting {len(self.slots)} engines and the gateway")
-        self.gateway = ray_api.Actor(
-            "joinwise.actors.launch:gateway_actor",
-            config,
-            self.redis_url,
-            name="gateway-0",
-            num_cpus=0,
-            log_level=config.log.level,
-        )
-        async with asyncio.timeout(config.ray.start_timeout_s), asyncio.TaskGroup() as group:
-            gateway = group.create_task(self.gateway.start())
-            for slot in self.slots:
-                group.create_task(self._fill(slot))
-        self.addresses = gateway.result()
-        self._say(f"ready: {self.addresses['http']} (HTTP), {self.addresses['grpc']} (gRPC)")
+        self.start_redis()
+        self._say("starting Ray" if config.ray.address == ray_api.LOCAL else "joining Ray")
+        models = asyncio.get_running_loop().run_in_executor(None, self._fetch_models)
+        self._ray = ray_api.connect(config, cpus=self._demand()["CPU"])
+        if lacking := await asyncio.to_thread(ray_api.missing, self._demand()):
+            listed = ", ".join(f"{amount:g} {name}" for name, amount in lacking.items())
+            self._say(f"warning: the pools ask for {listed}, which the Ray cluster does not have now; waiting for it")
+        await models
+        self._slots = [_Slot(make, "engine") for make in self._engines(self._ray.local)]
+        if self._with_gateway:
+            self._gateway = _Slot(self._gateway_actor, "gateway")
+            self._slots.append(self._gateway)
+        engines = sum(pool.replicas for pool in config.pools)
+        self._say(f"starting {engines} engines{' and the gateway' if self._with_gateway else ''}")
+        try:
+            async with asyncio.timeout(config.ray.start_timeout_s), asyncio.TaskGroup() as group:
+                for slot in self._slots:
+                    group.create_task(self._fill(slot))
+        except TimeoutError:
+            late = ", ".join(slot.actor.name for slot in self._slots if slot.actor is not None and not slot.facts)
+            raise ConfigError(
+                f"not ready within {config.ray.start_timeout_s:.0f} s (ray.start_timeout_s): {late}; "
+                "does the Ray cluster have what the pools' resources ask for?"
+            ) from None
+        if self._gateway is not None:
+            self.addresses = self._gateway.facts
+            self._say(f"ready: {self.addresses['http']} (HTTP), {self.addresses['grpc']} (gRPC)")
         return self.addresses
 
     async def supervise(self, stopped: asyncio.Event) -> None:
-        """Replace workers that die or fall sick, with back-off, until `stopped` is set.
+        """Replace engines and the gateway when they die or fall sick, with back-off, until `stopped` is set.
 
         Raises:
-            ConfigError: the gateway has died.
+            StoreUnavailableError: the embedded Redis has died.
         """
         while not stopped.is_set():
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_HEALTH_EVERY_S):
                     await stopped.wait()
                     return
-            assert self.gateway is not None
-            if reason := await self.gateway.failure(_HEALTH_TIMEOUT_S):
-                raise ConfigError(f"the gateway has failed: {reason}")
-            await asyncio.gather(*(self._check(slot) for slot in self.slots))
+            if self._redis is not None and not self._redis.alive:
+                raise StoreUnavailableError("the embedded Redis has died, and all leases with it")
+            await asyncio.gather(*(self._check(slot) for slot in self._slots))
 
     async def stop(self) -> None:
         """Stop the gateway (requests may end), then engines, then Ray and Redis."""
-        if self.gateway is not None:
-            await self.gateway.stop(self.config.gateway.drain_s + 10)
-        for slot in self.slots:
+        for slot in self._slots:
             if slot.starting is not None:
                 slot.starting.cancel()
-        await asyncio.gather(*(slot.actor.stop(20) for slot in self.slots if slot.actor is not None))
-        self.slots, self.gateway = [], None
-        await asyncio.to_thread(ray_api.disconnect)
+        if self._gateway is not None and self._gateway.actor is not None:
+            await self._gateway.actor.stop(self.config.gateway.drain_s + 10)
+        engines = [slot.actor for slot in self._slots if slot is not self._gateway and slot.actor is not None]
+        await asyncio.gather(*(actor.stop(20) for actor in engines))
+        self._slots, self._gateway = [], None
+        if self._ray is not None:
+            await asyncio.to_thread(self._ray.close)
+            self._ray = None
         if self._redis is not None:
             await asyncio.to_thread(self._redis.stop)
             self._redis = None
 
-    async def _fill(self, slot: _Slot) -> None:
-        """Start a worker in a slot."""
-        config = self.config
-        pool = next(pool for pool in config.pools if pool.name == slot.pool)
-        index = self.slots.index(slot)
-        slot.generation += 1
-        worker_id = f"{pool.name}-{index}-{slot.generation}"
-        spec = WorkerSpec(pool=pool.name, worker_id=worker_id, cores=slot.cores, host=self._host)
-        slot.actor = ray_api.Actor(
+    # Inside.
+
+    def _fetch_models(self) -> None:
+        """Convert or download once, visibly, before several processes want it."""
+        for model in self.config.models:
+            resolve_model(model.model, revision=model.revision, progress=self._say)
+
+    def _demand(self) -> dict[str, float]:
+        """What all pools ask Ray for."""
+        demand = {"CPU": 0.0, "GPU": 0.0}
+        for pool in self.config.pools:
+            asked = {"CPU": pool.resources.num_cpus, "GPU": pool.resources.num_gpus, **pool.resources.custom}
+            for name, amount in asked.items():
+                demand[name] = demand.get(name, 0.0) + amount * pool.replicas
+        return demand
+
+    def _engines(self, local: bool) -> Iterator[Callable[[int], ray_api.Actor]]:
+        """One maker a replica; on this machine each gets its own cores while there are enough."""
+        machine = itertools.cycle(sorted(os.sched_getaffinity(0)))
+        for pool in self.config.pools:
+            own = itertools.cycle(pool.cores) if pool.cores else None
+            for index in range(pool.replicas):
+                source = own if own is not None else machine if local else None
+                cores = tuple(itertools.islice(source, pool.compute_threads)) if source is not None else ()
+                host = "127.0.0.1" if local else ""
+                yield partial(self._engine_actor, WorkerSpec(pool.name, f"{pool.name}-{index}", cores, host))
+
+    def _engine_actor(self, spec: WorkerSpec, generation: int) -> ray_api.Actor:
+        pool = next(pool for pool in self.config.pools if pool.name == spec.pool)
+        spec = replace(spec, worker_id=f"{spec.worker_id}-{generation}")
+        return ray_api.Actor(
             "joinwise.actors.launch:engine_actor",
-            config,
+            self.config,
             spec,
             self.redis_url,
-            name=worker_id,
+            name=spec.worker_id,
+            namespace=ray_api.namespace(self.config),
             num_cpus=pool.resources.num_cpus,
             num_gpus=pool.resources.num_gpus,
             resources=pool.resources.custom,
             threads=pool.compute_threads,
-            log_level=config.log.level,
+            log_level=self.config.log.level,
         )
+
+    def _gateway_actor(self, generation: int) -> ray_api.Actor:
+        """A gateway on the launcher's own node; a later one takes over the ports of the first."""
+        gateway = self.config.gateway
+        if self.addresses:
+            http, grpc = (int(self.addresses[name].rpartition(":")[2]) for name in ("http", "grpc"))
+            gateway = gateway.model_copy(update={"http_port": http, "grpc_port": grpc})
+        return ray_api.Actor(
+            "joinwise.actors.launch:gateway_actor",
+            self.config.model_copy(update={"gateway": gateway}),
+            self.redis_url,
+            name=f"gateway-0-{generation}",
+            namespace=ray_api.namespace(self.config),
+            num_cpus=0,
+            node=ray_api.node_id(),
+            log_level=self.config.log.level,
+        )
+
+    async def _fill(self, slot: _Slot) -> None:
+        slot.generation += 1
+        begin = time.monotonic()
+        slot.actor = slot.make(slot.generation)
         slot.facts = await slot.actor.start()
-        self._say(f"engine {worker_id} is ready ({pool.role})")
+        self._say(f"{slot.what} {slot.actor.name} is ready after {time.monotonic() - begin:.1f} s")
 
     async def _check(self, slot: _Slot) -> None:
         if slot.starting is not None:
@@ -203,7 +292,7 @@ class Cluster:
             if not reason:
                 return
             back_off = min(_MAX_BACK_OFF_S, 2.0 ** min(slot.generation, 10) - 2)
-            self._say(f"engine {slot.actor.name} has failed: {reason}; a new one starts in {back_off:.0f} s")
+            self._say(f"{slot.what} {slot.actor.name} has failed: {reason}; a new one starts in {back_off:.0f} s")
             slot.actor.kill()
             slot.actor, slot.retry_at = None, time.monotonic() + back_off
         if time.monotonic() >= slot.retry_at:
@@ -213,20 +302,9 @@ class Cluster:
         try:
             await self._fill(slot)
         except Exception as error:
-            self._say(f"an engine of pool {slot.pool!r} could not start: {error}")
+            self._say(f"a new {slot.what} could not start: {error}")
         finally:
             slot.starting = None
-
-
-def _slots(config: JoinwiseConfig, local: bool) -> Iterator[_Slot]:
-    """One slot a replica; on this machine each gets its own cores while there are enough."""
-    machine = itertools.cycle(sorted(os.sched_getaffinity(0)))
-    for pool in config.pools:
-        own = itertools.cycle(pool.cores) if pool.cores else None
-        for _ in range(pool.replicas):
-            source = own if own is not None else machine if local else None
-            cores = tuple(itertools.islice(source, pool.compute_threads)) if source is not None else ()
-            yield _Slot(pool.name, cores)
 
 
 async def run(config: JoinwiseConfig, say: Say) -> None:
@@ -241,6 +319,7 @@ async def run(config: JoinwiseConfig, say: Say) -> None:
         stop = asyncio.create_task(stopped.wait())
         await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
         if not start.done():
+            say("stopping before the start was over")
             start.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await start
@@ -253,6 +332,7 @@ async def run(config: JoinwiseConfig, say: Say) -> None:
         finally:
             say("stopping")
             await cluster.stop()
+            say("stopped")
 
 
 def main() -> None:
@@ -269,15 +349,7 @@ def main() -> None:
     try:
         asyncio.run(run(load_config(arguments.file), say))
     except JoinwiseError as error:
-        sys.exit(f"joinwise: {error}")
-    except BaseExceptionGroup as group:
-        sys.exit(f"joinwise: {_first(group)}")
-
-
-def _first(group: BaseException) -> BaseException:
-    while isinstance(group, BaseExceptionGroup):
-        group = group.exceptions[0]
-    return group
+        sys.exit(f"{FAILED}{error}")
 
 
 if __name__ == "__main__":

@@ -5,62 +5,126 @@ never touch Ray. Actors belong to the launcher: they end when it does, whatever 
 """
 
 import asyncio
+import contextlib
 import os
-from collections.abc import Mapping
+import secrets
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import ray
-from ray.exceptions import RayError, RayTaskError
+# Ray reads these when it is imported. An actor's lines reach the log as they are: its name in front, none left out,
+# no colours. Nobody is told that we run.
+for _name, _value in {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_COLOR_PREFIX": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}.items():
+    os.environ.setdefault(_name, _value)
 
-from joinwise.actors import cpu
-from joinwise.cluster.config import JoinwiseConfig
-from joinwise.cluster.errors import ConfigError, InternalError, JoinwiseError
+import ray  # noqa: E402
+from ray.exceptions import RayError, RayTaskError  # noqa: E402
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
+
+from joinwise.actors import cpu  # noqa: E402
+from joinwise.cluster.config import JoinwiseConfig  # noqa: E402
+from joinwise.cluster.errors import ConfigError, InternalError, JoinwiseError  # noqa: E402
 
 LOCAL = "local"
+_OBJECT_STORE_BYTES = 100 << 20  # nothing goes through it
 
 
-def connect(config: JoinwiseConfig, *, cpus: float) -> str:
-    """Join the configured Ray cluster, or start one on this machine.
+@dataclass(frozen=True)
+class Connection:
+    """A Ray cluster that this process takes part in.
 
-    Inside a Ray job the job's own cluster is taken in place of `local`.
+    Attributes:
+        local: Ray runs on this machine alone and ends with us.
+        ours: we have joined it, and leave it in `close`.
+    """
+
+    local: bool
+    ours: bool
+
+    def close(self) -> None:
+        """Leave the Ray cluster; a local one ends."""
+        if self.ours:
+            ray.shutdown()
+
+
+def connect(config: JoinwiseConfig, *, cpus: float) -> Connection:
+    """Join the configured Ray cluster, or start one on this machine. To be called on the main thread; takes seconds.
+
+    Inside a Ray job the job's own cluster is taken in place of `local`; a process that Ray runs already, such as a
+    Serve replica, stays where it is.
 
     Args:
         config: the cluster's configuration.
         cpus: logical CPUs that a local Ray must offer, however few the machine has.
 
-    Returns:
-        `local`, or the address that was joined.
-
     Raises:
         ConfigError: no Ray answers at the address.
     """
+    if ray.is_initialized():
+        return Connection(local=False, ours=False)
     address = config.ray.address
     if address == LOCAL and os.environ.get("RAY_ADDRESS"):
         address = "auto"
     options: dict[str, Any] = {
-        "namespace": config.ray.namespace or f"joinwise-{config.cluster}",
+        "namespace": namespace(config),
         "log_to_driver": True,
         "logging_level": "warning",
         "configure_logging": False,
     }
     if address == LOCAL:
-        options |= {"num_cpus": max(cpus, os.cpu_count() or 1), "include_dashboard": False}
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        options |= {
+            "num_cpus": max(cpus, os.cpu_count() or 1),
+            "include_dashboard": False,
+            "object_store_memory": _OBJECT_STORE_BYTES,
+        }
     try:
-        ray.init(address=address, **options)
-    except (ConnectionError, RuntimeError, RayError) as error:
+        with _own_signals():
+            ray.init(address=address, **options)
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         raise ConfigError(f"no Ray cluster at {address!r}: {error}") from error
-    return address
+    return Connection(local=address == LOCAL, ours=True)
 
 
-def disconnect() -> None:
-    """Leave the Ray cluster; one that `connect` started ends."""
-    ray.shutdown()
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Put our signal handlers back: Ray's end a process three seconds after SIGTERM, whatever it still has to do."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    ours = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)
+
+
+def namespace(config: JoinwiseConfig) -> str:
+    """Ray namespace of a cluster's actors."""
+    return config.ray.namespace or f"joinwise-{config.cluster}"
 
 
 def node_address() -> str:
     """Address of this node as other nodes reach it."""
     return str(ray.util.get_node_ip_address())
+
+
+def node_id() -> str:
+    """This node, for `Actor`'s `node`."""
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def missing(demand: Mapping[str, float]) -> dict[str, float]:
+    """What the Ray cluster's nodes together lack for a demand (an autoscaler may still bring it)."""
+    offered = ray.cluster_resources()
+    return {name: amount for name, amount in demand.items() if amount > offered.get(name, 0.0)}
 
 
 class Actor:
@@ -69,7 +133,9 @@ class Actor:
     Args:
         target: `module:function` that gets the arguments, and returns an object with `start`, `stop`
             and `failure`; it is called inside the actor.
-        name: the actor's name in the cluster.
+        name: the actor's name; in Ray's namespace something random follows it.
+        threads: compute threads of the actor's process.
+        node: id of the node it must run on; None leaves that to Ray.
     """
 
     def __init__(
@@ -77,28 +143,29 @@ class Actor:
         target: str,
         *arguments: Any,
         name: str,
+        namespace: str,
         num_cpus: float,
         num_gpus: float = 0.0,
         resources: Mapping[str, float] | None = None,
         threads: int = 1,
         log_level: str = "info",
+        node: str | None = None,
     ) -> None:
-        environment = cpu.environment(threads) | {
-            "VLLM_LOGGING_LEVEL": "DEBUG" if log_level == "debug" else "WARNING",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
+        placed = {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)} if node else {}
         self.name = name
         self._handle = (
             ray.remote(_Host)
             .options(
-                name=name,
+                # Two launchers of one cluster may overlap for a moment, when Serve replaces one.
+                name=f"{name}.{secrets.token_hex(2)}",
+                namespace=namespace,
                 num_cpus=num_cpus,
                 num_gpus=num_gpus,
                 resources=dict(resources or {}),
                 max_restarts=0,
-                runtime_env={"env_vars": environment},
+                **placed,
             )
-            .remote(target, arguments, log_level)
+            .remote(name, target, arguments, cpu.environment(threads, log_level), log_level)
         )
 
     async def start(self) -> Any:
@@ -141,19 +208,30 @@ class Actor:
 
 
 class _Host:
-    """Runs inside the actor's process, on its event loop."""
+    """Runs inside the actor's process, on its event loop.
 
-    def __init__(self, target: str, arguments: tuple[Any, ...], log_level: str) -> None:
+    The environment is set here and not as Ray's runtime environment, so that a worker process that Ray has started
+    ahead can be used; nothing that reads it (torch, OpenMP, vLLM) is imported before `start`.
+    """
+
+    def __init__(
+        self, name: str, target: str, arguments: tuple[Any, ...], environment: dict[str, str], log_level: str
+    ) -> None:
+        os.environ.update(environment)
+        self._name = name
         self._log_level = log_level
         self._target = target
         self._arguments = arguments
         self._hosted: Any = None
 
+    def __repr__(self) -> str:
+        return self._name  # in front of each of its lines in the log
+
     async def start(self) -> Any:
         import importlib
         import logging
 
-        logging.basicConfig(level=self._log_level.upper(), format="%(name)s: %(message)s")
+        logging.basicConfig(level=self._log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
         logging.getLogger("httpx").setLevel(logging.WARNING)
         module, _, function = self._target.partition(":")
         self._hosted = getattr(importlib.import_module(module), function)(*self._arguments)

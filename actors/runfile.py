@@ -4,6 +4,7 @@ Held under an exclusive lock by the launcher, so that a second `joinwise up` is 
 left by a launcher that was killed is known to be stale. It may hold Redis' password: mode 0600.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -87,3 +88,11 @@ def running(cluster: str) -> dict[str, Any]:
     except OSError:
         return {}
     return {}
+
+
+def forget(cluster: str) -> None:
+    """Remove what a killed launcher has left."""
+    path = run_path(cluster)
+    with contextlib.suppress(OSError), path.open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
