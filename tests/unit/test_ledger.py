@@ -35,13 +35,3 @@ def test_fields_of_a_newer_release_are_passed_over() -> None:
 def test_what_is_no_ledger_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
         RequestLedger.from_json(text)
-
-
-def test_summary_says_what_happened_and_only_that() -> None:
-    text = "\n".join(LEDGER.summary_table())
-    assert "p0 -> d0 (split)" in text
-    assert "34.60 MB over grpc" in text
-    assert "12.50 s, length" in text
-    whole = "\n".join(RequestLedger("r2", decode_worker="m0", assignment_reason="mixed").summary_table())
-    assert "m0 (mixed)" in whole
-    assert "KV" not in whole
