@@ -24,6 +24,7 @@ from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.metrics.stats import SchedulerStats
 
 from joinwise.actors.vllm import connector
+from joinwise.actors.vllm.cpu_seeds import spare_generators
 from joinwise.actors.vllm.handoff import KV_TRANSFER_KEY, Handoff, set_replay
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class EngineLoop:
         self.stats: SchedulerStats | None = None
         connector.host.wake = self._wake.set
         self.core = EngineCore(config, Executor.get_class(config), log_stats=True)
+        self.core.model_executor.collective_rpc(spare_generators)
         self._metrics = StatLoggerManager(config, engine_idxs=[0], custom_stat_loggers=None)
         self._metrics.log_engine_initialized()
         self._thread = threading.Thread(target=self._run, name="engine-step", daemon=True)

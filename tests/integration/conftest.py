@@ -10,7 +10,7 @@ from helpers.cluster import ENGINE, MODEL, RunningCluster, cluster_config, runni
 from helpers.idle import assert_idle
 from helpers.plain_vllm import PlainServer, plain_server
 
-# Prompts longer than this are prefilled in chunks, by both.
+# The cluster prefills longer prompts in chunks; the plain engine computes any prompt at once.
 CHUNK_TOKENS = 512
 
 
@@ -40,7 +40,7 @@ async def cluster(shared_cluster: RunningCluster) -> AsyncIterator[RunningCluste
 @pytest.fixture(scope="session")
 def baseline(small_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PlainServer]:
     """One plain vLLM engine with the cluster's engine arguments behind vLLM's own server."""
-    arguments = ["--max-model-len", "2048", "--max-num-batched-tokens", str(CHUNK_TOKENS), "--enable-scale-out"]
+    arguments = ["--max-model-len", "2048", "--max-num-batched-tokens", "2048", "--enable-scale-out"]
     arguments += ["--kv-cache-memory-bytes", str(ENGINE["kv_cache_memory_bytes"])]
     arguments += ["--block-size", str(ENGINE["block_size"]), "--max-num-seqs", str(ENGINE["max_num_seqs"])]
     arguments += ["--enable-prompt-tokens-details", "--enable-request-id-headers"]
