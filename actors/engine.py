@@ -23,6 +23,7 @@ from vllm.config import VllmConfig
 from vllm.lora.request import LoRARequest
 
 from joinwise.actors import cpu
+from joinwise.actors.auth import AsyncBearer, is_loopback
 from joinwise.actors.engine_service import PROTOCOL_VERSION, EngineService, WorkerIdentity
 from joinwise.actors.models import resolve_model
 from joinwise.actors.spec import WorkerSpec
@@ -58,6 +59,7 @@ class EngineWorker:
         self._info: WorkerInfo | None = None
         self._heart: asyncio.Task[None] | None = None
         self._dead: BaseException | None = None
+        self._token = ""
 
     async def start(self) -> dict[str, Any]:
         """Build the engine and register it.
@@ -71,6 +73,7 @@ class EngineWorker:
         """
         begin = time.monotonic()
         cpu.pin(self._spec.cores)
+        self._token = "" if is_loopback(self._spec.host) else await self._registry.token()
         model = await asyncio.to_thread(resolve_model, self._model.model, revision=self._model.revision)
         arguments = self._config.engine_arguments(self._pool)
         self._service = EngineService(WorkerIdentity(self._config.cluster, self._spec.worker_id, 0))
@@ -133,6 +136,7 @@ class EngineWorker:
             lease_s=kv.lease_s,
             model_digest=digest,
             interior=build.interior_of(config),
+            token=self._token,
         )
         connector.host.on_report = self._service.on_report
         return EngineLoop(config, on_outputs=self._service.on_outputs, on_dead=self._on_dead)
@@ -145,12 +149,13 @@ class EngineWorker:
     async def _serve(self) -> str:
         assert self._service is not None
         self._server = grpc.aio.server(
+            interceptors=(AsyncBearer([self._token]),) if self._token else (),
             options=[
                 ("grpc.max_receive_message_length", 64 << 20),
                 ("grpc.max_send_message_length", 64 << 20),
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
                 ("grpc.keepalive_permit_without_calls", 1),
-            ]
+            ],
         )
         engine_pb2_grpc.add_EngineServiceServicer_to_server(self._service, self._server)
         self._health = health.aio.HealthServicer()

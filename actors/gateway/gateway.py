@@ -23,6 +23,7 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from joinwise.actors.auth import bearer
 from joinwise.actors.gateway.front import Front, error_body, error_headers
 from joinwise.actors.gateway.grpc_server import GrpcOptions, GrpcServer, serve_grpc
 from joinwise.actors.gateway.inference import InferenceService
@@ -97,6 +98,7 @@ class Gateway:
                 f"workers serve {name!r} with other files (digest {worker.model_digest}) than this gateway's"
             )
         self._links = Links(config.cluster, self.gateway_id, on_message=self._on_message, on_lost=self._on_lost)
+        self._links.metadata = bearer(await self._registry.token())
         utilities = Utilities(self._registry, self._links, name)
         self._core = ClusterCore(
             self._router,

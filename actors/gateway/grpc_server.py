@@ -6,21 +6,19 @@ load balancers turn away before the last requests are done.
 
 from __future__ import annotations
 
-import hmac
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from joinwise.cluster.errors import ConfigError, UnauthorizedError
+from joinwise.actors.auth import AsyncBearer
+from joinwise.cluster.errors import ConfigError
 from joinwise.proto import inference_pb2, inference_pb2_grpc
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
-_OPEN_TO_ALL = f"/{health_pb2.DESCRIPTOR.services_by_name['Health'].full_name}/"
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ async def serve_grpc(
         ConfigError: the port is taken, or the TLS files cannot be read.
     """
     options = options or GrpcOptions()
-    interceptors = (_BearerAuth(options.tokens),) if options.tokens else ()
+    interceptors = (AsyncBearer(options.tokens),) if options.tokens else ()
     server = grpc.aio.server(
         interceptors=interceptors,
         maximum_concurrent_rpcs=options.max_concurrent,
@@ -122,43 +120,3 @@ def _credentials(options: GrpcOptions) -> grpc.ServerCredentials | None:
         root_certificates=authority,
         require_client_auth=authority is not None,
     )
-
-
-class _BearerAuth(grpc.aio.ServerInterceptor):
-    """Refuses calls without a known API key."""
-
-    def __init__(self, tokens: Sequence[str]) -> None:
-        self._expected = [f"Bearer {token}".encode() for token in tokens]
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        if handler_call_details.method.startswith(_OPEN_TO_ALL):
-            return await continuation(handler_call_details)
-        given = dict(handler_call_details.invocation_metadata or ()).get("authorization", "")
-        matches = [hmac.compare_digest(str(given).encode(), known) for known in self._expected]
-        handler = await continuation(handler_call_details)
-        return handler if any(matches) else _refuse(handler)
-
-
-def _refuse(handler: Any) -> Any:
-    """A handler of the same shape that answers UNAUTHENTICATED."""
-    if handler is None:
-        return None
-
-    async def refuse(request: object, context: grpc.aio.ServicerContext) -> None:
-        await context.abort(
-            grpc.StatusCode.UNAUTHENTICATED,
-            "no API key, or one that is not known: send `authorization: Bearer <key>`",
-            (("joinwise-error", UnauthorizedError.code),),
-        )
-
-    make = {
-        (False, False): grpc.unary_unary_rpc_method_handler,
-        (False, True): grpc.unary_stream_rpc_method_handler,
-        (True, False): grpc.stream_unary_rpc_method_handler,
-        (True, True): grpc.stream_stream_rpc_method_handler,
-    }[(bool(handler.request_streaming), bool(handler.response_streaming))]
-    return make(refuse)

@@ -27,6 +27,7 @@ _CHANNEL_OPTIONS = [
     ("grpc.keepalive_permit_without_calls", 1),
 ]
 _CONNECT_TIMEOUT_S = 10.0
+Metadata = tuple[tuple[str, str], ...]
 
 
 class Link:
@@ -40,13 +41,13 @@ class Link:
         self._writer: asyncio.Task[None] | None = None
         self.broken = False
 
-    async def open(self, hello: engine_pb2.Hello) -> None:
+    async def open(self, hello: engine_pb2.Hello, metadata: Metadata = ()) -> None:
         """Introduce the gateway.
 
         Raises:
             WorkerLostError: nobody answers at the address, or another worker does.
         """
-        self._call = engine_pb2_grpc.EngineServiceStub(self._channel).Attach()
+        self._call = engine_pb2_grpc.EngineServiceStub(self._channel).Attach(metadata=metadata)
         try:
             async with asyncio.timeout(_CONNECT_TIMEOUT_S):
                 await self._call.write(engine_pb2.AttachRequest(hello=hello))
@@ -120,6 +121,8 @@ class Links:
         self._on_message = on_message
         self._on_lost = on_lost
         self._credentials = credentials
+        self.metadata: Metadata = ()
+        """Shown with every call: the cluster's token, where there is one."""
         self._links: dict[tuple[str, int], Link] = {}
         self._opening: dict[tuple[str, int], asyncio.Lock] = {}
         self._readers: set[asyncio.Task[None]] = set()
@@ -145,7 +148,7 @@ class Links:
                 worker_epoch=worker.epoch,
             )
             try:
-                await link.open(hello)
+                await link.open(hello, self.metadata)
             except BaseException:
                 await link.close()
                 raise

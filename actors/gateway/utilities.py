@@ -84,6 +84,7 @@ class Utilities:
             response = await engine_pb2_grpc.EngineServiceStub(channel).Utility(
                 engine_pb2.UtilityRequest(method=method, arguments=msgspec.msgpack.encode(list(arguments))),
                 timeout=_TIMEOUT_S,
+                metadata=self._links.metadata,
             )
         except grpc.aio.AioRpcError as error:
             raise WorkerLostError(f"{method} failed on worker {worker.worker_id}: {error.details()}") from error

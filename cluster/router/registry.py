@@ -9,6 +9,7 @@ routable has every adapter recorded for its model.
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, cast
@@ -204,6 +205,12 @@ class Registry:
                 pipe.hgetall(self._keys.worker(worker_id))
             found = await pipe.execute()
         return tuple(_state(record) for record in found if record)
+
+    async def token(self) -> str:
+        """The secret that the cluster's processes show each other; made by the first that asks."""
+        with store_errors("reading the cluster's token"):
+            await self._client.set(self._keys.token, secrets.token_urlsafe(32), nx=True)
+            return str(await self._client.get(self._keys.token))
 
     async def add_adapter(self, model: str, name: str, path: str, lora_id: int) -> None:
         """Record an adapter: from now on a worker registers only with it loaded."""

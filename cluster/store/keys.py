@@ -54,6 +54,11 @@ class Keys:
         """LoRA adapters of a model."""
         return f"{self.base}adapters:{model}"
 
+    @property
+    def token(self) -> str:
+        """What the cluster's processes show each other."""
+        return f"{self.base}token"
+
     def lease(self, lease_id: str) -> str:
         """One lease."""
         return f"{self.base}lease:{lease_id}"

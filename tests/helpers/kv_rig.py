@@ -46,6 +46,7 @@ class Sender:
         claim_timeout_s: float = 5.0,
         max_streams: int = 64,
         bind: str = "127.0.0.1:0",
+        token: str = "",
         **layout: object,
     ) -> None:
         layers = layout.pop("layers", LAYERS)
@@ -60,6 +61,7 @@ class Sender:
             frame_bytes=frame_bytes,
             claim_timeout_s=claim_timeout_s,
             max_streams=max_streams,
+            token=token,
         )
         self._noise = np.random.default_rng(seed)
 
@@ -130,13 +132,15 @@ _LAYOUT = {"block_size": BLOCK_SIZE, "interior": "test", "model_digest": "model"
 class Receiver:
     """A decode worker: blocks to import into, a budget, channels."""
 
-    def __init__(self, num_blocks: int = 64, *, seed: int = 2, landing_bytes: int = 1 << 20, **layout: object) -> None:
+    def __init__(
+        self, num_blocks: int = 64, *, seed: int = 2, landing_bytes: int = 1 << 20, token: str = "", **layout: object
+    ) -> None:
         layers = layout.pop("layers", LAYERS)
         self.caches = make_caches(num_blocks, seed, layers)  # type: ignore[arg-type]
         self.before = {name: cache.clone() for name, cache in self.caches.items()}
         self.blocks = KvBlocks(self.caches, **{**_LAYOUT, **layout})  # type: ignore[arg-type]
         self.budget = LandingBudget(landing_bytes)
-        self.client = KvClient(self.blocks, self.budget)
+        self.client = KvClient(self.blocks, self.budget, token=token)
 
     def fetch(
         self,

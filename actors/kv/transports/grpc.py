@@ -16,6 +16,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from joinwise.actors.auth import Bearer, bearer
 from joinwise.actors.kv.blocks import KvBlocks
 from joinwise.actors.kv.frames import FLAG_END, MAX_EXPOSED_US, FrameHeader, encode, transfer_tag
 from joinwise.actors.kv.receiving import Importer, LandingBudget
@@ -63,6 +64,7 @@ class KvServer:
         frame_bytes: int,
         claim_timeout_s: float,
         max_streams: int,
+        token: str = "",
         credentials: grpc.ServerCredentials | None = None,
     ) -> None:
         self._table = table
@@ -76,6 +78,7 @@ class KvServer:
             futures.ThreadPoolExecutor(max_streams, thread_name_prefix="kv-send"),
             options=CHANNEL_OPTIONS,
             maximum_concurrent_rpcs=max_streams,
+            interceptors=[Bearer([token])] if token else [],
         )
         checks = health.HealthServicer()
         checks.set(_SERVICE, health_pb2.HealthCheckResponse.SERVING)
@@ -190,7 +193,15 @@ class KvServer:
 class KvClient:
     """Fetches KV from peers; keeps one channel per peer."""
 
-    def __init__(self, blocks: KvBlocks, budget: LandingBudget, credentials: grpc.ChannelCredentials | None = None):
+    def __init__(
+        self,
+        blocks: KvBlocks,
+        budget: LandingBudget,
+        *,
+        token: str = "",
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        self._metadata = bearer(token)
         self._blocks = blocks
         self._budget = budget
         self._credentials = credentials
@@ -228,6 +239,7 @@ class KvClient:
                     layout_digest=self._blocks.digest,
                     num_tokens=spec.num_tokens,
                 ),
+                metadata=self._metadata,
                 timeout=_LONGEST_FETCH_S / 24,  # a last resort: stalls are noticed long before
             )
             on_call(call)
@@ -276,7 +288,7 @@ class KvClient:
         if peer in self._agreed:
             return
         layout = channel.unary_unary(LAYOUT, kv_pb2.LayoutRequest.SerializeToString, kv_pb2.LayoutResponse.FromString)
-        layout(kv_pb2.LayoutRequest(layout=self._blocks.layout), timeout=min(timeout, 10.0))
+        layout(kv_pb2.LayoutRequest(layout=self._blocks.layout), timeout=min(timeout, 10.0), metadata=self._metadata)
         self._agreed.add(peer)
 
     def _channel(self, peer: str) -> grpc.Channel:

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import grpc
 import torch
@@ -44,6 +44,7 @@ class KvSettings:
     """Streams open at once, those that wait for their prefill included; see `KvServer`."""
     model_digest: str = ""
     interior: str = ""
+    token: str = field(default="", repr=False)
 
 
 @dataclass
@@ -111,7 +112,7 @@ class WorkerConnector:
             num_blocks=self._num_blocks,
         )
         self._layer_index = {name: index for index, name in enumerate(self.blocks.layer_names)}
-        self._client = KvClient(self.blocks, self._budget)
+        self._client = KvClient(self.blocks, self._budget, token=settings.token)
         self.server = KvServer(
             self._table,
             self.blocks,
@@ -119,6 +120,7 @@ class WorkerConnector:
             frame_bytes=settings.frame_bytes,
             claim_timeout_s=settings.lease_s,
             max_streams=settings.max_streams,
+            token=settings.token,
         )
 
     def shutdown(self) -> None:
