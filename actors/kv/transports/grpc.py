@@ -4,7 +4,6 @@ The server half sends what a `SendTable` holds; the client half feeds an `Import
 threads, not an event loop: they copy megabytes and must not share a loop with token frames.
 """
 
-import contextlib
 import functools
 import threading
 import time
@@ -21,6 +20,7 @@ from joinwise.actors.kv.blocks import KvBlocks
 from joinwise.actors.kv.frames import FLAG_END, MAX_EXPOSED_US, FrameHeader, encode, transfer_tag
 from joinwise.actors.kv.receiving import Importer, LandingBudget
 from joinwise.actors.kv.sending import NoSuchTransferError, SendTable, SendTransfer, WrongEpochError
+from joinwise.actors.kv.stalls import Stalls
 from joinwise.proto import kv_pb2
 
 _SERVICE = kv_pb2.DESCRIPTOR.services_by_name["KvService"].full_name
@@ -207,7 +207,7 @@ class KvClient:
         self._credentials = credentials
         self._channels: dict[str, grpc.Channel] = {}
         self._agreed: set[str] = set()
-        self._stalls = _Stalls()
+        self._stalls = Stalls()
         self._lock = threading.Lock()
 
     def fetch(self, importer: Importer, on_call: Callable[[grpc.Call], None]) -> tuple[int, float, float]:
@@ -302,71 +302,6 @@ class KvClient:
                     channel = grpc.secure_channel(peer, self._credentials, options)
                 self._channels[peer] = channel
             return channel
-
-
-class _Watched:
-    """A call that must make progress; see `_Stalls`."""
-
-    def __init__(self, call: grpc.Call, changed: threading.Condition) -> None:
-        self.call = call
-        self.allowed = 0.0
-        self.limit = 0.0
-        self.stalled = False
-        self._changed = changed
-
-    def allow(self, seconds: float) -> None:
-        """It has made progress: give it these seconds to make more."""
-        with self._changed:
-            sooner = seconds < self.allowed
-            self.allowed, self.limit = seconds, time.monotonic() + seconds
-            if sooner:
-                self._changed.notify()
-
-
-class _Stalls:
-    """Cancels calls that make no progress, from one thread for all of them."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._watched: set[_Watched] = set()
-        self._thread: threading.Thread | None = None
-        self._stopped = False
-
-    @contextlib.contextmanager
-    def watch(self, call: grpc.Call, seconds: float) -> Iterator[_Watched]:
-        """Cancel `call` after these seconds, unless it is allowed more first."""
-        watched = _Watched(call, self._changed)
-        watched.allow(seconds)
-        with self._changed:
-            self._watched.add(watched)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="kv-stalls", daemon=True)
-                self._thread.start()
-            self._changed.notify()
-        try:
-            yield watched
-        finally:
-            with self._changed:
-                self._watched.discard(watched)
-
-    def stop(self) -> None:
-        """End the thread."""
-        with self._changed:
-            self._stopped = True
-            self._changed.notify()
-        if self._thread is not None:
-            self._thread.join()
-
-    def _run(self) -> None:
-        with self._changed:
-            while not self._stopped:
-                now = time.monotonic()
-                for watched in [each for each in self._watched if each.limit <= now]:
-                    watched.stalled = True
-                    self._watched.discard(watched)
-                    watched.call.cancel()
-                nearest = min((watched.limit for watched in self._watched), default=None)
-                self._changed.wait(None if nearest is None else max(0.0, nearest - now))
 
 
 class _Handlers(grpc.GenericRpcHandler):
