@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
 import typer
 from rich.console import Console
 from rich.text import Text
@@ -211,11 +212,10 @@ def _stop(cluster: str, timeout: float) -> bool:
 
 
 def _lives(pid: int) -> bool:
-    """Whether a process runs; one that this process started is reaped."""
+    """Whether a process runs; one that has ended and that its parent has not asked about does not."""
     with contextlib.suppress(ChildProcessError):
         return os.waitpid(pid, os.WNOHANG) == (0, 0)
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
         return False
-    return True

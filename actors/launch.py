@@ -200,10 +200,13 @@ class Cluster:
             await asyncio.gather(*(self._check(slot) for slot in self._slots))
 
     async def stop(self) -> None:
-        """Stop the gateway (requests may end), then engines, then Ray and Redis."""
+        """Stop the gateway (requests may end), then engines, then Ray and Redis. What is not ready yet is killed."""
         for slot in self._slots:
             if slot.starting is not None:
                 slot.starting.cancel()
+            if slot.actor is not None and not slot.facts:
+                slot.actor.kill()
+                slot.actor = None
         if self._gateway is not None and self._gateway.actor is not None:
             await self._gateway.actor.stop(self.config.gateway.drain_s + 10)
         engines = [slot.actor for slot in self._slots if slot is not self._gateway and slot.actor is not None]
@@ -219,8 +222,8 @@ class Cluster:
     # Inside.
 
     def _fetch_models(self) -> None:
-        """Convert or download once, visibly, before several processes want it."""
-        for model in self.config.models:
+        """Convert or download once, visibly, before several processes want it: where the gateway will run."""
+        for model in self.config.models if self._with_gateway else ():
             resolve_model(model.model, revision=model.revision, progress=self._say)
 
     def _demand(self) -> dict[str, float]:
@@ -279,6 +282,7 @@ class Cluster:
 
     async def _fill(self, slot: _Slot) -> None:
         slot.generation += 1
+        slot.facts = {}
         begin = time.monotonic()
         slot.actor = slot.make(slot.generation)
         slot.facts = await slot.actor.start()

@@ -234,8 +234,14 @@ class _Host:
         logging.basicConfig(level=self._log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
         logging.getLogger("httpx").setLevel(logging.WARNING)
         module, _, function = self._target.partition(":")
-        self._hosted = getattr(importlib.import_module(module), function)(*self._arguments)
-        return await self._hosted.start()
+        try:
+            self._hosted = getattr(importlib.import_module(module), function)(*self._arguments)
+            return await self._hosted.start()
+        except JoinwiseError:
+            raise
+        except Exception:
+            logging.getLogger(__name__).exception("%s could not start", self._name)
+            raise
 
     async def stop(self, *arguments: Any) -> None:
         if self._hosted is not None:

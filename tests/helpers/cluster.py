@@ -60,6 +60,11 @@ def cluster_config(name: str, *, dtype: str = "float32", **changes: Any) -> dict
     }
 
 
+def mixed_config(name: str) -> dict[str, Any]:
+    """One engine for both phases: the cheapest cluster there is."""
+    return cluster_config(name, pools=[{"name": "all", "model": MODEL, "role": "mixed", "engine": dict(ENGINE)}])
+
+
 @contextmanager
 def running_cluster(config: dict[str, Any], folder: Path, timeout_s: float = 300.0) -> Iterator[RunningCluster]:
     """Start a cluster and stop it afterwards; afterwards no process of it is left."""

@@ -9,6 +9,7 @@ import pytest
 from helpers.cluster import ENGINE, MODEL, RunningCluster, cluster_config, running_cluster
 from helpers.idle import assert_idle
 from helpers.plain_vllm import PlainServer, plain_server
+from helpers.ray_head import RayHead, ray_head
 
 # The cluster prefills longer prompts in chunks; the plain engine computes any prompt at once.
 CHUNK_TOKENS = 512
@@ -47,3 +48,10 @@ def baseline(small_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Iter
     arguments += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     with plain_server(str(small_model.path), MODEL, tmp_path_factory.mktemp("plain"), arguments) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHead]:
+    """A Ray head with jobs and Serve."""
+    with ray_head(tmp_path_factory.mktemp("ray")) as head:
+        yield head
