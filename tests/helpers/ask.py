@@ -120,18 +120,23 @@ def stream_ledger(sse: str) -> str | None:
 
 
 def join_stream(sse: str) -> dict[str, Any]:
-    """What the chunks of a stream make up: texts and lists are joined, other values are the last that were given.
+    """What the chunks of a stream make up."""
+    lines = [line.removeprefix("data: ") for line in sse.splitlines() if line.startswith("data: ")]
+    assert lines[-1] == "[DONE]", lines[-1]
+    return join_chunks([json.loads(line) for line in lines[:-1]])
+
+
+def join_chunks(chunks: list[dict[str, Any]]) -> dict[str, Any]:
+    """One answer of many chunks: texts and lists are joined, other values are the last that were given.
 
     Two servers may cut the same answer into chunks differently; the joined answers are equal.
     """
     answer: dict[str, Any] = {"choices": {}}
-    lines = [line.removeprefix("data: ") for line in sse.splitlines() if line.startswith("data: ")]
-    assert lines[-1] == "[DONE]", lines[-1]
-    for chunk in map(json.loads, lines[:-1]):
+    for chunk in chunks:
         assert "error" not in chunk, chunk
-        for part in chunk.pop("choices"):
+        for part in chunk["choices"]:
             _join(answer["choices"].setdefault(part["index"], {}), part)
-        answer |= {key: value for key, value in chunk.items() if value is not None}
+        answer |= {key: value for key, value in chunk.items() if value is not None and key != "choices"}
     return {**answer, "choices": [choice for _, choice in sorted(answer["choices"].items())]}
 
 
