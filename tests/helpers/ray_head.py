@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -11,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -28,17 +29,20 @@ class RayHead:
         home: of every process in it.
         dashboard: address of jobs and of Serve's REST interface.
         address: host:port of the control store.
+        token: that Ray asks for.
     """
 
     home: Home
     dashboard: str
     address: str
+    token: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
 
     @property
     def env(self) -> dict[str, str]:
         """Environment of commands that talk to it, and of the head itself."""
         path = f"{_BIN}{os.pathsep}{os.environ.get('PATH', '')}"
-        return self.home.env | {"PATH": path, "RAY_JOB_STOP_WAIT_TIME_S": "60", "RAY_USAGE_STATS_ENABLED": "0"}
+        ours = {"PATH": path, "RAY_JOB_STOP_WAIT_TIME_S": "60", "RAY_USAGE_STATS_ENABLED": "0"}
+        return self.home.env | ours | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
 
     def run(self, *command: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         """Run one of the environment's programs (`ray`, `serve`) to its end."""
