@@ -14,13 +14,14 @@ import itertools
 import logging
 import os
 import signal
+import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from joinwise.actors import ray_api
 from joinwise.actors.models import resolve_model
@@ -28,6 +29,7 @@ from joinwise.actors.runfile import RunFile
 from joinwise.actors.spec import WorkerSpec
 from joinwise.cluster.config import JoinwiseConfig, load_config
 from joinwise.cluster.errors import ConfigError, JoinwiseError, StoreUnavailableError
+from joinwise.cluster.store.client import connect, store_errors
 from joinwise.cluster.store.embedded import EmbeddedRedis
 
 if TYPE_CHECKING:
@@ -155,7 +157,11 @@ class Cluster:
 
     async def _start(self) -> dict[str, str]:
         config = self.config
+        if self._with_gateway:  # known before engines have started for nothing
+            _refuse_taken(config.gateway.host, config.gateway.http_port, "gateway.http_port")
+            _refuse_taken(config.gateway.host, config.gateway.grpc_port, "gateway.grpc_port")
         self.start_redis()
+        await self._reach_redis()
         self._say("starting Ray" if config.ray.address == ray_api.LOCAL else "joining Ray")
         models = asyncio.get_running_loop().run_in_executor(None, self._fetch_models)
         self._ray = ray_api.connect(config, cpus=self._demand()["CPU"])
@@ -220,6 +226,14 @@ class Cluster:
             self._redis = None
 
     # Inside.
+
+    async def _reach_redis(self) -> None:
+        client = connect(self.redis_url, self.config.redis)
+        try:
+            with store_errors("the cluster starts"):
+                await cast(Awaitable[bool], client.ping())
+        finally:
+            await client.aclose()
 
     def _fetch_models(self) -> None:
         """Convert or download once, visibly, before several processes want it: where the gateway will run."""
@@ -309,6 +323,19 @@ class Cluster:
             self._say(f"a new {slot.what} could not start: {error}")
         finally:
             slot.starting = None
+
+
+def _refuse_taken(host: str, port: int, name: str) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"{name}: cannot listen on {host}:{port}: {error.strerror}; is another cluster running there? "
+                "Stop it with `joinwise down`, or set another port (0 picks a free one)"
+            ) from None
 
 
 async def run(config: JoinwiseConfig, say: Say) -> None:

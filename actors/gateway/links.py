@@ -8,6 +8,7 @@ part of the key), so nothing of the old one is ever taken for the new one's.
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextvars import Context
 
 import grpc
 import vllm
@@ -57,7 +58,8 @@ class Link:
             raise WorkerLostError(f"worker {self.worker.worker_id} does not accept this gateway: {detail}") from error
         if not isinstance(first, engine_pb2.AttachResponse) or first.WhichOneof("message") != "welcome":
             raise WorkerLostError(f"worker {self.worker.worker_id} ended the stream at once")
-        self._writer = asyncio.create_task(self._write())
+        # A link outlives the request that opens it, and takes nothing of its context along.
+        self._writer = asyncio.create_task(self._write(), context=Context())
 
     def send(self, message: engine_pb2.AttachRequest) -> None:
         """Queue a message; order is kept. A broken link drops it, and its owner has been told."""
@@ -153,7 +155,7 @@ class Links:
                 await link.close()
                 raise
             self._links[key] = link
-            reader = asyncio.create_task(self._read(key, link))
+            reader = asyncio.create_task(self._read(key, link), context=Context())
             self._readers.add(reader)
             reader.add_done_callback(self._readers.discard)
             return link

@@ -13,6 +13,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -23,13 +24,14 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreReques
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
+from joinwise.actors.gateway.failures import note_error
 from joinwise.actors.gateway.ledgers import LedgerBuilder
 from joinwise.actors.gateway.links import Links
 from joinwise.actors.gateway.tickets import active_ticket
 from joinwise.actors.gateway.utilities import Utilities
 from joinwise.actors.vllm import split
 from joinwise.actors.vllm.handoff import Handoff
-from joinwise.cluster.errors import JoinwiseError
+from joinwise.cluster.errors import JoinwiseError, WorkerLostError
 from joinwise.cluster.router.router import Assignment, Demand, Router, WorkerRef
 from joinwise.proto import engine_pb2
 
@@ -53,6 +55,8 @@ class _Live:
     fetched: bool | None = None
     """Whether decode has all of prefill's KV; None until it says."""
     lost_on: set[str] = field(default_factory=set)
+    context: Context = field(default_factory=copy_context)
+    """Of the client's call, whose error this request's is."""
 
 
 class ClusterCore(EngineCoreClient):
@@ -325,7 +329,7 @@ class ClusterCore(EngineCoreClient):
             await self._router.settle(live.assignment)
         if live.attempt >= _MAX_ATTEMPTS:
             logger.error("request %s lost %d workers, giving up: %s", request_id, live.attempt, reason)
-            self._fail(live)
+            self._fail(live, WorkerLostError(f"the request has lost {live.attempt} workers, and ends: {reason}"))
             return
         params = live.request.sampling_params
         assert params is not None
@@ -342,7 +346,7 @@ class ClusterCore(EngineCoreClient):
             )
         except JoinwiseError as error:
             logger.error("request %s cannot go on: %s", request_id, error)
-            self._fail(live)
+            self._fail(live, error)
             return
         if self._live.get(request_id) is not live:
             with contextlib.suppress(JoinwiseError):
@@ -352,7 +356,8 @@ class ClusterCore(EngineCoreClient):
         live.ledger.recomputed = True
         await self._start(live)
 
-    def _fail(self, live: _Live) -> None:
+    def _fail(self, live: _Live, error: JoinwiseError) -> None:
+        live.context.run(note_error, error)  # an ERROR output says nothing
         self._emit_error(live.request.request_id)
         self._end(live, "error", settle=False)
 
