@@ -1,6 +1,4 @@
-"""Plain vLLM, to compare with: `plain_server` is its unmodified HTTP server in processes of its own, `plain_vllm` an
-engine and front end in this process.
-"""
+"""Plain vLLM, to compare with: its own unmodified HTTP server in processes of its own."""
 
 from __future__ import annotations
 
@@ -10,11 +8,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 
@@ -26,48 +23,6 @@ ENGINE = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
-
-
-@dataclass
-class PlainVllm:
-    """What a test needs of a running engine."""
-
-    engine: Any
-    app: Any
-    http: httpx.AsyncClient
-
-
-@asynccontextmanager
-async def plain_vllm(model: str, name: str, *extra: str) -> AsyncIterator[PlainVllm]:
-    """Start an engine and vLLM's front end over it.
-
-    Args:
-        model: local folder.
-        name: the name clients ask for.
-        extra: further arguments of vLLM's server.
-    """
-    for key, value in ENGINE.items():
-        os.environ.setdefault(key, value)
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-    from vllm.entrypoints.launchers.app import build_app
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    arguments = ["--model", model, "--served-model-name", name, "--dtype", "float32", "--enforce-eager"]
-    arguments += ["--max-model-len", "1024", "--kv-cache-memory-bytes", "100000000", "--max-num-seqs", "8"]
-    arguments += ["--enable-prompt-tokens-details", "--enable-auto-tool-choice", "--tool-call-parser", "hermes", *extra]
-    args = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
-    engine = AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args))
-    try:
-        app = build_app(args, ("generate",), engine.model_config)
-        await init_app_state(engine, app.state, args, ("generate",))
-        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://gateway", timeout=120) as http:
-            yield PlainVllm(engine, app, http)
-    finally:
-        engine.shutdown()
 
 
 @dataclass(frozen=True)

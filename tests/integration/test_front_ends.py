@@ -21,7 +21,7 @@ from helpers.compare_front_ends import compare, compare_refusal
 from helpers.front_end_cases import CASES, REFUSALS, Case
 
 from joinwise.cluster.client import AsyncClient, Delta, Finished, Started, Usage
-from joinwise.cluster.errors import DeadlineExceededError
+from joinwise.cluster.errors import DeadlineExceededError, InvalidRequestError
 from joinwise.proto import inference_pb2 as pb
 from joinwise.proto import inference_pb2_grpc
 
@@ -88,6 +88,11 @@ async def test_models_and_status(cluster: RunningCluster, client: AsyncClient) -
     assert all(worker.kv_blocks_total > 0 for worker in status.workers)
 
 
+async def test_tools_need_messages(client: AsyncClient) -> None:
+    with pytest.raises(InvalidRequestError, match="needs messages"):
+        await client.generate("x", tools=[{"name": "f"}])
+
+
 async def test_deadline(client: AsyncClient) -> None:
     with pytest.raises(DeadlineExceededError):
         await client.generate(**LONG, timeout=0.5)
@@ -100,6 +105,8 @@ async def test_a_client_that_does_not_read_can_be_cancelled(cluster: RunningClus
         sampling = pb.SamplingOptions(max_tokens=1500, ignore_eos=True, n=4, logprobs=20)
         call = stub.Generate(pb.GenerateRequest(text="x", request_id="deaf", sampling=sampling))
         await asyncio.sleep(3)
+        with pytest.raises(InvalidRequestError, match="is running"):
+            await client.generate("x", request_id="deaf")
         assert await client.cancel("deaf")
         async with asyncio.timeout(15):
             while await client.cancel("deaf"):
