@@ -17,11 +17,11 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from joinwise.actors import ray_api
 from joinwise.actors.models import resolve_model
@@ -231,7 +231,7 @@ class Cluster:
         client = connect(self.redis_url, self.config.redis)
         try:
             with store_errors("the cluster starts"):
-                await cast(Awaitable[bool], client.ping())
+                await client.ping()
         finally:
             await client.aclose()
 
