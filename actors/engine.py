@@ -31,7 +31,7 @@ from joinwise.actors.vllm import build, connector
 from joinwise.actors.vllm.connector.worker import KvSettings
 from joinwise.actors.vllm.engine_loop import EngineLoop
 from joinwise.cluster.config import JoinwiseConfig
-from joinwise.cluster.errors import JoinwiseError, StoreUnavailableError
+from joinwise.cluster.errors import ConfigError, JoinwiseError, RegistrationRefusedError, StoreUnavailableError
 from joinwise.cluster.router.registry import Registry, WorkerInfo, WorkerLoad
 from joinwise.cluster.store.client import connect
 from joinwise.proto import engine_pb2, engine_pb2_grpc
@@ -39,6 +39,7 @@ from joinwise.proto import engine_pb2, engine_pb2_grpc
 logger = logging.getLogger(__name__)
 
 _STUCK_S = 60.0
+_ADAPTER_ATTEMPTS = 5
 _SERVICE = engine_pb2.DESCRIPTOR.services_by_name["EngineService"].full_name
 
 
@@ -204,8 +205,16 @@ class EngineWorker:
         """Load the cluster's adapters, then become routable."""
         assert self._info is not None
         assert self._service is not None
-        self._info = replace(self._info, adapters=await self._load_adapters())
-        epoch = await self._registry.register(self._info)
+        for attempt in range(_ADAPTER_ATTEMPTS):
+            self._info = replace(self._info, adapters=await self._load_adapters())
+            try:
+                epoch = await self._registry.register(self._info)
+                break
+            except RegistrationRefusedError:
+                # One that was recorded while we loaded the others is loaded next.
+                recorded = await self._registry.adapters(self._model.public_name)
+                if attempt == _ADAPTER_ATTEMPTS - 1 or {each.name for each in recorded} <= self._info.adapters:
+                    raise
         self._service.identity = WorkerIdentity(self._config.cluster, self._spec.worker_id, epoch)
 
     async def _load_adapters(self) -> frozenset[str]:
@@ -214,7 +223,10 @@ class EngineWorker:
         adapters = await self._registry.adapters(self._model.public_name)
         for adapter in adapters:
             lora = LoRARequest(adapter.name, adapter.lora_id, adapter.path)
-            await asyncio.wrap_future(self._engine.utility("add_lora", [lora]))
+            try:
+                await asyncio.wrap_future(self._engine.utility("add_lora", [lora]))
+            except Exception as error:
+                raise ConfigError(f"the adapter {adapter.name!r} cannot be loaded: {error}") from error
         return frozenset(adapter.name for adapter in adapters)
 
     async def _beat(self) -> None:

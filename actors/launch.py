@@ -29,6 +29,7 @@ from joinwise.actors.runfile import RunFile
 from joinwise.actors.spec import WorkerSpec
 from joinwise.cluster.config import JoinwiseConfig, load_config
 from joinwise.cluster.errors import ConfigError, JoinwiseError, StoreUnavailableError
+from joinwise.cluster.router.registry import Registry, adapter_id
 from joinwise.cluster.store.client import connect, store_errors
 from joinwise.cluster.store.embedded import EmbeddedRedis
 
@@ -81,6 +82,12 @@ class GatewayHost:
     def failure(self) -> str:
         """A gateway that answers is well."""
         return ""
+
+
+def _absolute(path: str) -> str:
+    """A folder here by its full path, for processes that run elsewhere; a hub id as it is."""
+    folder = Path(path).expanduser()
+    return str(folder.absolute()) if folder.exists() else path
 
 
 def reachable(address: str) -> str:
@@ -169,6 +176,7 @@ class Cluster:
             listed = ", ".join(f"{amount:g} {name}" for name, amount in lacking.items())
             self._say(f"warning: the pools ask for {listed}, which the Ray cluster does not have now; waiting for it")
         await models
+        await self._record_adapters()
         self._slots = [_Slot(make, "engine") for make in self._engines(self._ray.local)]
         if self._with_gateway:
             self._gateway = _Slot(self._gateway_actor, "gateway")
@@ -239,6 +247,20 @@ class Cluster:
         """Convert or download once, visibly, before several processes want it: where the gateway will run."""
         for model in self.config.models if self._with_gateway else ():
             resolve_model(model.model, revision=model.revision, progress=self._say)
+
+    async def _record_adapters(self) -> None:
+        """Workers load what is recorded before they take requests."""
+        adapters = [(model, adapter) for model in self.config.models for adapter in model.adapters]
+        if not adapters:
+            return
+        client = connect(self.redis_url, self.config.redis)
+        try:
+            registry = Registry(client, self.config.cluster, self.config.router)
+            for model, adapter in adapters:
+                path = _absolute(adapter.path)
+                await registry.add_adapter(model.public_name, adapter.name, path, adapter_id(adapter.name))
+        finally:
+            await client.aclose()
 
     def _demand(self) -> dict[str, float]:
         """What all pools ask Ray for."""

@@ -41,7 +41,7 @@ class AdapterConfig(Section):
     name: str = Field(min_length=1)
     """The name clients ask for."""
     path: str = Field(min_length=1)
-    """Folder, hub id or object-store URI."""
+    """Folder or hub id, found by every worker."""
 
 
 class ModelConfig(Section):
@@ -204,6 +204,8 @@ class GatewayConfig(Section):
     """vLLM's --tool-call-parser."""
     reasoning_parser: str | None = None
     """vLLM's --reasoning-parser."""
+    admin: bool = False
+    """Serve /v1/load_lora_adapter, /v1/unload_lora_adapter and /v1/reset_prefix_cache to whoever may send requests."""
     vllm_args: dict[str, Any] = {}
     """Further arguments of vLLM's front end by name."""
     drain_s: Seconds = 30.0

@@ -24,6 +24,7 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from joinwise.actors.auth import bearer
+from joinwise.actors.gateway.adapters import Adapters
 from joinwise.actors.gateway.front import Front, error_body, error_headers
 from joinwise.actors.gateway.grpc_server import GrpcOptions, GrpcServer, serve_grpc
 from joinwise.actors.gateway.inference import InferenceService
@@ -113,10 +114,16 @@ class Gateway:
         args = self._front_end_args(str(model.path), name, worker.max_model_len)
         app: FastAPI = build_app(args, ("generate",), vllm_config.model_config)
         app.add_exception_handler(JoinwiseError, _on_error)
+        app.middleware_stack = None  # vLLM has built it already, without our handler; it is built again when needed
         await init_app_state(self._llm, app.state, args, ("generate",))
+        enabled = vllm_config.lora_config is not None
+        adapters = Adapters(self._registry, utilities, app.state.openai_serving_models, name, enabled=enabled)
+        await adapters.sync()
+        app.include_router(adapters.routes(admin=config.gateway.admin))
         self._service = InferenceService(app.state, status=self._status, ledger=self._ledger_of)
         _RUNNING.set_function(lambda: len(self.running()))
-        self._jobs = [asyncio.create_task(self._renew()), asyncio.create_task(self._expire())]
+        jobs = (self._renew(), self._expire(), adapters.follow(config.router.heartbeat_s))
+        self._jobs = [asyncio.create_task(job) for job in jobs]
         return Front(app, self._ledgers, max_body_bytes=config.gateway.max_body_bytes)
 
     async def start(self) -> Addresses:

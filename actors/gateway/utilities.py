@@ -9,7 +9,7 @@ import msgspec
 from vllm.lora.request import LoRARequest
 
 from joinwise.actors.gateway.links import Links
-from joinwise.cluster.errors import JoinwiseError, NoWorkerError, WorkerLostError
+from joinwise.cluster.errors import InvalidRequestError, JoinwiseError, NoWorkerError, WorkerLostError
 from joinwise.cluster.router.registry import Registry, WorkerInfo
 from joinwise.proto import engine_pb2, engine_pb2_grpc
 
@@ -74,8 +74,11 @@ class Utilities:
         if not workers:
             raise NoWorkerError(f"{method}: no worker serves {self._model!r} now", retry_after_s=5.0)
         answers = await asyncio.gather(
-            *(self._one(worker, method, arguments) for worker in workers), return_exceptions=tolerate
+            *(self._one(worker, method, arguments) for worker in workers), return_exceptions=True
         )
+        failures = [answer for answer in answers if isinstance(answer, BaseException)]
+        if failures and not tolerate:
+            raise failures[0]
         return [answer for answer in answers if not isinstance(answer, BaseException)]
 
     async def _one(self, worker: WorkerInfo, method: str, arguments: Sequence[Any]) -> Any:
@@ -87,6 +90,8 @@ class Utilities:
                 metadata=self._links.metadata,
             )
         except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.FAILED_PRECONDITION:  # the engine lives, and says why not
+                raise InvalidRequestError(f"worker {worker.worker_id} refuses: {error.details()}") from error
             raise WorkerLostError(f"{method} failed on worker {worker.worker_id}: {error.details()}") from error
         finally:
             await channel.close()

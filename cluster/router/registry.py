@@ -8,6 +8,7 @@ routable has every adapter recorded for its model.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 from collections.abc import Awaitable, Callable, Iterable
@@ -228,6 +229,11 @@ class Registry:
         with store_errors(f"reading the adapters of {model}"):
             held = await cast(Awaitable[dict[str, str]], self._client.hgetall(self._keys.adapters(model)))
         return tuple(Adapter(name=name, **json.loads(value)) for name, value in sorted(held.items()))
+
+
+def adapter_id(name: str) -> int:
+    """vLLM's number for an adapter: the same in every gateway and every life of one, and never 0."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 0x7FFFFFFF + 1
 
 
 def _capability_text(info: WorkerInfo) -> str:
