@@ -16,14 +16,17 @@ from typing import Any
 
 from pydantic import BaseModel
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from joinwise.actors import cpu
 from joinwise.actors.launch import Cluster, reachable
 from joinwise.cluster.config import JoinwiseConfig, load_config
-from joinwise.cluster.errors import InternalError
+from joinwise.cluster.errors import InternalError, StoreUnavailableError
 
 _BESIDE_DRAIN_S = 30.0  # for the rest of a stop
+_ASK_S = 3.0
 
 
 class Arguments(BaseModel):
@@ -80,7 +83,9 @@ class GatewayReplica:
         os.environ.update(cpu.environment(1, config.log.level))
         from joinwise.actors.gateway.gateway import Gateway
 
-        self._gateway = Gateway(config, await engines.redis_url.remote())
+        self._engines = engines
+        self._redis_url = await engines.redis_url.remote()
+        self._gateway = Gateway(config, self._redis_url)
         self._addresses = {name: reachable(each) for name, each in asdict(await self._gateway.start()).items()}
         _say(f"ready: {self._addresses['http']} (HTTP), {self._addresses['grpc']} (gRPC)")
 
@@ -89,7 +94,11 @@ class GatewayReplica:
         return self._addresses
 
     async def check_health(self) -> None:
-        """A replica that answers is well."""
+        """Raise when a new launcher has brought another Redis; a launcher that is away is no reason."""
+        with contextlib.suppress(TimeoutError, RayServeException, RayError):
+            async with asyncio.timeout(_ASK_S):
+                if await self._engines.redis_url.remote() != self._redis_url:
+                    raise StoreUnavailableError("the cluster has another Redis now: this gateway must start over")
 
     async def __del__(self) -> None:
         """Let running requests end; Serve awaits this when it stops the replica."""
