@@ -55,12 +55,12 @@ def test_serve_deploys_gateways_and_engines(ray: RayHead, small_model: object) -
 
 def wait_running(ray: RayHead) -> None:
     """Wait until Serve says that the application runs."""
-    deadline = time.monotonic() + 300
+    headers, deadline = {"Authorization": f"Bearer {ray.token}"}, time.monotonic() + 300
     while True:
-        shown = ray.run("serve", "status", "--address", ray.dashboard).stdout
-        state = (yaml.safe_load(shown) or {}).get("applications", {}).get("joinwise", {})
+        answer = httpx.get(f"{ray.dashboard}/api/serve/applications/", headers=headers, timeout=30).json()
+        state = answer["applications"].get("joinwise", {})
         if state.get("status") == "RUNNING":
             return
-        assert state.get("status") not in ("DEPLOY_FAILED", "UNHEALTHY"), shown
-        assert time.monotonic() < deadline, shown
-        time.sleep(1)
+        assert state.get("status") not in ("DEPLOY_FAILED", "UNHEALTHY"), state
+        assert time.monotonic() < deadline, state
+        time.sleep(0.5)
