@@ -143,7 +143,13 @@ def join_chunks(chunks: list[dict[str, Any]]) -> dict[str, Any]:
 def _join(whole: dict[str, Any], part: dict[str, Any]) -> None:
     for key, value in part.items():
         before = whole.get(key)
-        if isinstance(value, dict):
+        if key == "tool_calls":
+            calls = whole[key] = before or []
+            for piece in value or ():
+                if piece["index"] == len(calls):
+                    calls.append({})
+                _join(calls[piece["index"]], piece)
+        elif isinstance(value, dict):
             whole[key] = before or {}
             _join(whole[key], value)
         elif value is None or before is None:

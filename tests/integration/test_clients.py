@@ -36,7 +36,7 @@ PARAMETERS = {
     "required": ["unit", "city"],
     "additionalProperties": False,
 }
-TOOL = {
+TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "get_weather",
@@ -138,9 +138,10 @@ async def test_tools(openais: tuple[AsyncOpenAI, AsyncOpenAI], choice: str) -> N
 
 async def test_a_tool_that_the_model_chose(openais: tuple[AsyncOpenAI, AsyncOpenAI]) -> None:
     """The small model seldom calls by itself: made to say a call in the hermes form, it is parsed as one."""
+    free = {"type": "function", "function": {**TOOL["function"], "strict": False}}  # else its schema constrains, too
     body = {
         "messages": ASK,
-        "tools": [TOOL],
+        "tools": [free],
         "tool_choice": "auto",
         "temperature": 0,
         "max_tokens": 96,
