@@ -130,7 +130,9 @@ class ClusterCore(EngineCoreClient):
         live = _Live(request, assignment, split.Merge(request.sampling_params.max_tokens), ledger)
         self._live[request.request_id] = live
         ticket.started.append(request.request_id)
-        await self._start(live)
+        # Not awaited: a client that leaves while links open would cancel us in here, and vLLM aborts only what it
+        # has seen added.
+        self._spawn(self._start(live))
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
         """Abort every part of these requests."""

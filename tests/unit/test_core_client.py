@@ -127,6 +127,7 @@ class World:
             await self.core.add_request_async(request)
         finally:
             active_ticket.reset(token)
+        await self.settle_down()
 
     def says(self, worker: WorkerRef, part: str, *tokens: int, finish: FinishReason | None = None) -> None:
         """A worker's frame with one output."""
@@ -163,6 +164,20 @@ def lease(name: str, prefill: WorkerRef | None, decode: WorkerRef) -> Assignment
 @pytest.fixture
 def world() -> World:
     return World()
+
+
+async def test_a_client_that_leaves_while_links_open_leaves_nothing(world: World) -> None:
+    """vLLM aborts only what it has seen added: adding must be over before anybody can cancel it."""
+    world.links.gates[D] = asyncio.Event()
+    await asyncio.wait_for(world.add(lease("l", P, D)), 1)
+    assert world.core.running == ["r"]
+    await world.core.abort_requests_async(["r"])
+    world.links.gates[D].set()
+    await world.until(lambda: world.router.settled == ["l"])
+    await world.settle_down()
+    assert world.core.running == []
+    sent = world.links.links[P].summary + world.links.links[D].summary
+    assert not [kind for kind, _ in sent if kind == "add"]
 
 
 async def test_a_split_request_from_end_to_end(world: World) -> None:
