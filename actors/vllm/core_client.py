@@ -66,7 +66,7 @@ class ClusterCore(EngineCoreClient):
         router: takes and settles leases.
         links: streams to workers; `on_message` and `on_lost` must be ours (`bind`).
         on_ledger: gets the finished ledger of every request.
-        transfer_timeout_s: bound of one KV transfer, the wait for prefill included.
+        transfer_timeout_s: seconds without a frame after which a KV transfer that has begun has failed.
     """
 
     def __init__(

@@ -21,7 +21,8 @@ class Handoff:
     """One half of a KV transfer.
 
     `half` says whether this request sends (prefill) or receives (decode); `peer` is the sender's KV
-    address, for the receiver only; `timeout_s` bounds the wait for it.
+    address, for the receiver only; `timeout_s` bounds the wait for each
+    frame after the first.
     """
 
     half: Literal["send", "recv"]
