@@ -1,7 +1,7 @@
 # Everything a person does with this repository. `make` alone lists it.
 SHELL := bash
 PYTHON_ENV := .venv/bin/python
-PATHS := cluster actors kernels scripts tests
+PATHS := cluster actors kernels scripts tests setup.py
 # Extra arguments of pytest: make test ARGS="-k router -x"
 ARGS ?=
 .DEFAULT_GOAL := help
@@ -43,7 +43,7 @@ check-proto:
 	$(PYTHON_ENV) scripts/gen_proto.py --check
 
 check-size: # a warning only: a long file is a sign that two things live in one room
-	@find cluster actors kernels scripts tests \( -name '*.py' -o -name '*.lua' \) -exec wc -l {} + \
+	@find cluster actors kernels scripts tests \( -name '*.py' -o -name '*.lua' -o -name '*.cpp' \) -exec wc -l {} + \
 	  | awk '$$2 != "total" && $$1 > 400 {print "warning: " $$2 " has " $$1 " lines"}'
 
 format: env ## format the code and mend what the linter can
@@ -67,4 +67,5 @@ wheel: env ## build the wheel into dist/
 
 clean: ## remove what was built, and the environment
 	rm -rf .venv .venv.lock build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -f kernels/_native*.so
 	find cluster actors kernels proto scripts tests -name __pycache__ -prune -exec rm -rf {} +

@@ -5,7 +5,7 @@
 #   ACCELERATOR=cpu|gpu    which build of vLLM (default: gpu where `nvidia-smi -L` names a device, else cpu)
 #   TORCH_CPU_INDEX=URL    where a CPU build of torch lies, if pip's own indexes have none
 #
-# Does nothing, in a moment, while neither the lock nor pyproject.toml has changed.
+# Does nothing, in a moment, while the lock, pyproject.toml, the C++ kernels and the compiler are as they were.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -56,7 +56,8 @@ install_cpu_torch() {
 kind=$(accelerator)
 lock=requirements/$kind.lock
 want_lock="$kind $(checksum "$lock")"
-want_project="$root $(checksum pyproject.toml)"
+compiler=$("${CXX:-g++}" --version 2>/dev/null | head -n 1) || compiler="no C++ compiler"
+want_project="$root $(checksum pyproject.toml setup.py kernels/native.* kernels/*/*.cpp) $compiler"
 
 # Two makes at once would install into each other's way.
 if command -v flock >/dev/null; then
@@ -92,5 +93,7 @@ fi
 say "installing joinwise itself"
 complaints=$("$venv/bin/python" -m pip install --quiet --no-deps --no-build-isolation -e . 2>&1) ||
     fail "installing failed: $complaints"
+compgen -G "kernels/_native*.so" >/dev/null ||
+    say "the native kernels were not built ($compiler): plain torch stands in, several times slower"
 printf '%s\n%s\n' "$want_lock" "$want_project" >"$stamp"
 say "the $kind environment is ready in $venv"

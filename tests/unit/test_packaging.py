@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tomllib
 import zipfile
 from email.parser import Parser
@@ -18,7 +19,8 @@ SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8")
 def source_files() -> list[Path]:
     """Every file under the four roots, relative to the repository."""
     found = [file for root in PACKAGE_ROOTS for file in (ROOT / root).rglob("*") if file.is_file()]
-    hidden = [file for file in found if "__pycache__" in file.parts or file.suffix == ".pyc" or file.name[0] == "."]
+    built = (".pyc", ".so")
+    hidden = [file for file in found if "__pycache__" in file.parts or file.suffix in built or file.name[0] == "."]
     relative = [file.relative_to(ROOT) for file in found if file not in set(hidden)]
     return sorted(file for file in relative if file.as_posix() not in NOT_SHIPPED)
 
@@ -46,6 +48,13 @@ def test_wheel_holds_every_file(wheel: Path) -> None:
         shipped = set(archive.namelist())
     missing = [file.as_posix() for file in source_files() if f"joinwise/{file.as_posix()}" not in shipped]
     assert not missing, f"not in the wheel; see [tool.setuptools.package-data]: {missing}"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the wheel has native kernels where g++ is at hand")
+def test_wheel_holds_the_native_kernels(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        built = [name for name in archive.namelist() if name.startswith("joinwise/kernels/_native")]
+    assert len(built) == 1
 
 
 def test_wheel_takes_no_top_level_name_but_ours(wheel: Path) -> None:

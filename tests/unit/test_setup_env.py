@@ -18,9 +18,10 @@ FAKE_PYTHON = '#!/bin/sh\n[ "$2" = pip ] && echo "$@" >>"{log}"\nexit 0\n'
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A copy of what the script reads, with an environment whose pip only takes notes."""
-    for name in ("scripts", "requirements"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for name in ("scripts", "requirements", "kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in ("pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path)
     python = tmp_path / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(FAKE_PYTHON.format(log=tmp_path / "pip.log"))
@@ -64,10 +65,18 @@ def test_second_run_does_nothing_and_a_change_renews_only_what_it_touches(tree: 
     assert setup(tree, ACCELERATOR="cpu").returncode == 0
     assert pip_calls(tree) == []
 
-    with (tree / "pyproject.toml").open("a") as stream:
-        stream.write("# changed\n")
+    for changed in ("pyproject.toml", "kernels/kv_pack/pack.cpp", "setup.py"):
+        with (tree / changed).open("a") as stream:
+            stream.write("# changed\n")
+        assert setup(tree, ACCELERATOR="cpu").returncode == 0
+        assert [call.split()[-1] for call in pip_calls(tree)] == ["."]
+
+    # A compiler that comes later builds what was left out.
+    done = setup(tree, ACCELERATOR="cpu", CXX="no-such-compiler")
+    assert "the native kernels were not built (no C++ compiler)" in done.stdout
+    assert len(pip_calls(tree)) == 1
     assert setup(tree, ACCELERATOR="cpu").returncode == 0
-    assert [call.split()[-1] for call in pip_calls(tree)] == ["."]
+    assert len(pip_calls(tree)) == 1
 
     with (tree / "requirements" / "cpu.lock").open("a") as stream:
         stream.write("# changed\n")

@@ -1,0 +1,1 @@
+"""KV blocks of any backend to the canonical wire layout and back."""
