@@ -70,6 +70,17 @@ class ModelConfig(Section):
         return self.served_name or self.name
 
 
+class RedisTlsConfig(Section):
+    """TLS to a rediss:// server. Files are read again for every new connection."""
+
+    ca: str | None = None
+    """PEM file of the authority of the server's certificate; None takes the system's."""
+    cert: str | None = None
+    """PEM file of a client certificate, where the server asks for one; needs `key`."""
+    key: str | None = None
+    """PEM file of its private key."""
+
+
 class RedisConfig(Section):
     """Where decisions are made and remembered."""
 
@@ -87,6 +98,7 @@ class RedisConfig(Section):
     """Further attempts after a failed one. Every script can be repeated safely."""
     max_connections: int = Field(default=64, ge=1, le=10_000)
     """Connections one process may hold."""
+    tls: RedisTlsConfig | None = None
 
 
 class Resources(Section):
@@ -120,6 +132,8 @@ class PoolConfig(Section):
     """CPU cores shared out among the replicas in turn; None lets the launcher choose."""
     engine: dict[str, Any] = {}
     """vLLM engine arguments by name, checked by vLLM when the worker starts."""
+    ops_port: Port = 0
+    """Port of /livez, /readyz and /metrics of each worker; 0 picks a free one, else one worker a machine (or pod)."""
 
     @field_validator("engine")
     @classmethod
@@ -150,6 +164,19 @@ class KvConfig(Section):
     """Seconds without progress after which a transfer has failed and the prompt is recomputed."""
 
 
+class TenantConfig(Section):
+    """Limits of one caller, over all gateways. None is no limit."""
+
+    requests_per_min: float | None = Field(default=None, gt=0, le=1e9)
+    """Requests a minute; a minute's worth may come at once."""
+    tokens_per_min: float | None = Field(default=None, gt=0, le=1e12)
+    """Tokens of prompts and answers a minute. What an answer could use is taken, and what it did not is given back."""
+    concurrent: int | None = Field(default=None, ge=1, le=1_000_000)
+    """Requests that run at once."""
+    weight: float = Field(default=1.0, gt=0.001, le=1000)
+    """Share of the turns when requests wait, against other tenants' weights."""
+
+
 class RouterConfig(Section):
     """How requests are shared out."""
 
@@ -159,16 +186,53 @@ class RouterConfig(Section):
     """Seconds between two heartbeats of a worker."""
     worker_ttl_s: Seconds = 5.0
     """Seconds without a heartbeat after which a worker gets no more requests."""
+    split: Literal["auto", "always"] = "auto"
+    """`always` splits whatever can be split; `auto` runs a request whole where that costs less time in all."""
     max_pending_tokens: int = Field(default=65_536, ge=1)
     """Pending tokens per worker beyond which requests are refused; an idle worker takes any request."""
     max_queue: int = Field(default=256, ge=0)
-    """Requests that may wait in one gateway for a worker to have room."""
+    """Requests that may wait for a worker to have room, over all gateways."""
     queue_timeout_s: float = Field(default=0.0, ge=0, le=3600)
     """Seconds a request may wait for room before it gets 429; 0 refuses at once."""
+    ageing_s: Seconds = 5.0
+    """Seconds of waiting that one step of priority is worth."""
+    spill_ms: float = Field(default=250.0, ge=0, le=3_600_000)
+    """Milliseconds of queue beyond which a pool's requests spill into the mixed pool, and then pull a worker in."""
+    gap_weight: float = Field(default=1.0, ge=0, le=1000)
+    """What a millisecond of delay to a decoding neighbour counts, against one of the request's own."""
+    handoff_ms: float = Field(default=10.0, ge=0, le=60_000)
+    """Milliseconds by which handing a request from prefill to decode delays its second token."""
+    handoff_us_per_token: float = Field(default=35.0, ge=0, le=1_000_000)
+    """Microseconds that each prompt token adds to that."""
+    session_slack_ms: float = Field(default=100.0, ge=0, le=3_600_000)
+    """Milliseconds that a session's worker may cost more than the best one before the session moves."""
+    session_ttl_s: Seconds = 600.0
+    """Seconds for which a session's worker is remembered."""
+    prefix_events: bool = True
+    """Workers publish what their KV caches hold, and requests go where their prefix is."""
+    prefix_log: int = Field(default=20_000, ge=100)
+    """KV events kept for gateways that fall behind, about; one that fell further asks the workers for a snapshot."""
+    decisions_kept: int = Field(default=2000, ge=0, le=1_000_000)
+    """Decisions kept for `joinwise explain`, about; 0 keeps none."""
+    tenants: dict[str, TenantConfig] = {}
+    """Limits by tenant; `*` holds for all that have none of their own, together."""
+
+
+class PeerTlsConfig(Section):
+    """Mutual TLS between the cluster's own processes: engine gRPC, KV, operator's ports."""
+
+    cert: str = Field(min_length=1)
+    """PEM file of the certificate chain, for servers and clients alike; read again when it changes."""
+    key: str = Field(min_length=1)
+    """PEM file of the private key."""
+    ca: str = Field(min_length=1)
+    """PEM file of the authority that all of the cluster's certificates come from, and nobody else's."""
+    server_name: str = Field(default="joinwise", min_length=1)
+    """Name that all of them carry: addresses of workers are not known when certificates are made."""
 
 
 class TlsConfig(Section):
-    """TLS of the gateway's two listeners."""
+    """TLS of the gateway's two listeners. Files are read again when they change."""
 
     cert: str
     """PEM file of the certificate chain."""
@@ -176,6 +240,44 @@ class TlsConfig(Section):
     """PEM file of the private key."""
     ca: str | None = None
     """PEM file of the authority that client certificates must come from; None asks for none."""
+
+
+class JwtConfig(Section):
+    """JSON web tokens as credentials of clients, signed by an identity provider."""
+
+    issuer: str = Field(min_length=1)
+    """The `iss` that tokens must carry."""
+    audience: str = Field(min_length=1)
+    """The `aud` that tokens must carry."""
+    jwks_file: str | None = None
+    """File with the provider's public keys (a JSON web key set); read again when it changes."""
+    jwks_url: str | None = Field(default=None, pattern=r"^https://.+$")
+    """https:// address of the same; asked again for an unknown key id, at most every 30 s."""
+    algorithms: list[Literal["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "EdDSA"]] = Field(
+        default=["RS256", "ES256"], min_length=1
+    )
+    """Accepted signatures; never a symmetric one."""
+    tenant_claim: str = "sub"
+    """Claim with the tenant's name."""
+    roles_claim: str = "roles"
+    """Claim with a list of roles (user, admin, metrics); without it a token has `user`."""
+    leeway_s: float = Field(default=30.0, ge=0, le=600)
+    """Seconds by which clocks may differ."""
+
+
+class LimitsConfig(Section):
+    """What one client may ask of the gateway's listeners."""
+
+    header_bytes: int = Field(default=32 << 10, ge=1024, le=1 << 20)
+    """Bytes of all headers of a request; more get 431."""
+    headers: int = Field(default=100, ge=8, le=10_000)
+    """Number of headers of a request; more get 431."""
+    concurrent: int = Field(default=2048, ge=1, le=1_000_000)
+    """Calls at a time on each listener, streams included; more get 503 (RESOURCE_EXHAUSTED over gRPC)."""
+    body_s: Seconds = 30.0
+    """Seconds in which a body must have arrived; later it gets 408."""
+    request_s: Seconds = 3600.0
+    """Seconds after which a call is ended, whatever it is doing."""
 
 
 class GatewayConfig(Section):
@@ -194,7 +296,15 @@ class GatewayConfig(Section):
     default_max_tokens: int | None = Field(default=None, ge=1)
     """max_tokens of requests without one; None leaves it to vLLM (the rest of the context)."""
     api_keys: list[str] = []
-    """Accepted bearer tokens; empty accepts everyone."""
+    """Accepted bearer tokens, each with all roles; empty, with neither `keys_file` nor `jwt`, accepts everyone."""
+    keys_file: str | None = None
+    """File of hashed keys with tenants and roles, made by `joinwise keys`; read again when it changes."""
+    jwt: JwtConfig | None = None
+    limits: LimitsConfig = Field(default_factory=LimitsConfig)
+    audit_file: str | None = None
+    """File to which calls of administration are appended, a JSON object a line; None writes them to the log."""
+    ops_port: Port | None = None
+    """Port of /livez, /readyz and /metrics for operators; 0 picks a free one, None opens none."""
     tls: TlsConfig | None = None
     chat_template: str | None = None
     """File or text of a chat template that replaces the model's own."""
@@ -228,6 +338,17 @@ class LogConfig(Section):
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     """Of joinwise's own lines; vLLM's come from warning on, or all with `debug`."""
+    format: Literal["text", "json"] = "text"
+    """`json` writes an object a line, with the request's id where there is one."""
+
+
+class TracingConfig(Section):
+    """OpenTelemetry traces: one per request, across gateway and workers."""
+
+    endpoint: str = Field(pattern=r"^https?://.+$")
+    """OTLP address of a collector: http://host:4317 for gRPC."""
+    sample_ratio: float = Field(default=1.0, ge=0, le=1)
+    """Share of requests that are traced, where the caller has not decided already (W3C traceparent)."""
 
 
 class JoinwiseConfig(Section):
@@ -243,6 +364,8 @@ class JoinwiseConfig(Section):
     gateway: GatewayConfig = Field(default_factory=GatewayConfig)
     ray: RayConfig = Field(default_factory=RayConfig)
     log: LogConfig = Field(default_factory=LogConfig)
+    tls: PeerTlsConfig | None = None
+    tracing: TracingConfig | None = None
 
     _sources: dict[str, str] = PrivateAttr(default_factory=dict)
 

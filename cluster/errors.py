@@ -101,6 +101,12 @@ class OverloadedError(JoinwiseError):
     code, http_status, grpc_status = "overloaded", 429, "RESOURCE_EXHAUSTED"
 
 
+class ObjectiveError(JoinwiseError):
+    """The request asks for times (`x-slo-ttft-ms`, `x-slo-tpot-ms`) that no worker can keep now."""
+
+    code, http_status, grpc_status = "objective_missed", 429, "RESOURCE_EXHAUSTED"
+
+
 class NoWorkerError(JoinwiseError):
     """No live worker serves the model with what the request needs."""
 

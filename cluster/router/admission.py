@@ -6,22 +6,52 @@ import math
 from typing import Any
 
 from joinwise.cluster.config_model import RouterConfig
-from joinwise.cluster.errors import InternalError, JoinwiseError, NoWorkerError, OverloadedError
+from joinwise.cluster.errors import (
+    InternalError,
+    JoinwiseError,
+    NoWorkerError,
+    ObjectiveError,
+    OverloadedError,
+    RateLimitedError,
+)
 from joinwise.cluster.router.decision import Demand
-from joinwise.cluster.router.registry import parse_load
 
 _MAX_RETRY_AFTER_S = 60.0
+_LIMITS = {
+    "requests": "requests a minute",
+    "tokens": "tokens a minute",
+    "concurrent": "requests at once",
+}
 
 
 def refusal(demand: Demand, verdict: str, details: list[Any], settings: RouterConfig) -> JoinwiseError:
     """The error for a demand that `route.lua` did not serve, with `details` as the script gave them."""
+    request_id = demand.request_id
     if verdict == "full":
-        worker, pending, needed, phase, load = details
-        wait = retry_after_s(int(pending) + int(needed) - settings.max_pending_tokens, str(phase), str(load))
+        worker, pending, phase, wait_ms, waiting = details
+        wait = retry_after_s(wait_ms)
+        queued = f", and {waiting} requests wait" if waiting else ""
         return OverloadedError(
             f"every {phase} worker of {demand.model!r} is full: the least loaded, {worker}, has {pending} tokens "
-            f"pending; try again in {wait:g} s",
-            request_id=demand.request_id,
+            f"pending{queued}; try again in {wait:g} s",
+            request_id=request_id,
+            retry_after_s=wait,
+        )
+    if verdict == "limited":
+        what, wait_ms = details
+        wait = retry_after_s(wait_ms)
+        who = f"the tenant {demand.terms.tenant!r}" if demand.terms.tenant else "this caller"
+        return RateLimitedError(
+            f"{who} has used up its {_LIMITS[what]}; try again in {wait:g} s", request_id=request_id, retry_after_s=wait
+        )
+    if verdict == "slo":
+        first, gap, queue_ms = details
+        terms = demand.terms
+        wait = retry_after_s(queue_ms)
+        return ObjectiveError(
+            f"the objectives cannot be kept: a first token after {first} ms (asked: {_asked(terms.slo_ttft_ms)}) and "
+            f"one every {gap} ms (asked: {_asked(terms.slo_tpot_ms)}) is the best there is now",
+            request_id=request_id,
             retry_after_s=wait,
         )
     if verdict == "none":
@@ -29,18 +59,16 @@ def refusal(demand: Demand, verdict: str, details: list[Any], settings: RouterCo
         spared = f" besides {', '.join(sorted(demand.exclude))}" if demand.exclude else ""
         return NoWorkerError(
             f"no live worker serves {demand.model!r}{needs}{spared}; see `joinwise status`",
-            request_id=demand.request_id,
+            request_id=request_id,
             retry_after_s=settings.worker_ttl_s,
         )
-    return InternalError(f"the route script answered {verdict!r}", request_id=demand.request_id)
+    return InternalError(f"the route script answered {verdict!r}", request_id=request_id)
 
 
-def retry_after_s(excess_tokens: int, phase: str, load: str) -> float:
-    """Whole seconds, 1 to 60, until a worker has worked off `excess_tokens` at the speed that it has measured."""
-    measured = parse_load(load)
-    if phase == "prefill":
-        speed = measured.prefill_tokens_per_s
-    else:
-        speed = max(1, measured.running) * 1000 / measured.decode_step_ms if measured.decode_step_ms > 0 else 0.0
-    seconds = excess_tokens / speed if speed > 0 else 1.0
-    return float(min(_MAX_RETRY_AFTER_S, max(1, math.ceil(seconds))))
+def retry_after_s(wait_ms: int | str) -> float:
+    """Whole seconds, 1 to 60, for an estimate in milliseconds."""
+    return float(min(_MAX_RETRY_AFTER_S, max(1, math.ceil(int(wait_ms) / 1000))))
+
+
+def _asked(objective_ms: float) -> str:
+    return f"{objective_ms:g} ms" if objective_ms else "any"

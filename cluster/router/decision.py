@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from joinwise.cluster.errors import InvalidRequestError
+from joinwise.cluster.router.terms import PLAIN, Terms
 
 #: Token counts from here on are mistakes.
 MAX_TOKENS = 1 << 31
+MAX_SAMPLES = 1 << 14
+
+
+@dataclass(frozen=True)
+class Held:
+    """A prefix that a worker has in its KV cache.
+
+    Attributes:
+        epoch: the life of the worker that was seen to have it; in another life it has nothing.
+        tokens: prompt tokens from the start on.
+    """
+
+    epoch: int
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -18,10 +34,14 @@ class Demand:
         request_id: named in errors and in `snapshot`; need not be unique.
         model: served name of the model.
         prompt_tokens: at least 1.
-        max_new_tokens: most tokens that may be generated, at least 1.
+        max_new_tokens: most tokens that may be generated for one sample, at least 1.
         whole: one worker must do all of it.
         needs: capabilities; a LoRA adapter is "lora:<name>".
         exclude: ids of workers that may not be taken, such as one that has just failed.
+        samples: answers to the one prompt; all are decoded by one worker, and share the prompt's KV.
+        held: worker id -> the longest prefix of the prompt that it holds; a few workers at most.
+        terms: whose request it is, and what was promised to it.
+        urgent: it has been admitted before (its worker was lost): it passes the queue and its tenant's limits.
     """
 
     request_id: str
@@ -31,11 +51,18 @@ class Demand:
     whole: bool = False
     needs: frozenset[str] = frozenset()
     exclude: frozenset[str] = frozenset()
+    samples: int = 1
+    held: Mapping[str, Held] = field(default_factory=dict)
+    terms: Terms = PLAIN
+    urgent: bool = False
 
     def __post_init__(self) -> None:
-        for name, value in (("prompt_tokens", self.prompt_tokens), ("max_new_tokens", self.max_new_tokens)):
-            if not 1 <= value < MAX_TOKENS:
-                raise InvalidRequestError(f"{name} must be at least 1, not {value}", request_id=self.request_id)
+        limits = {"prompt_tokens": MAX_TOKENS, "max_new_tokens": MAX_TOKENS, "samples": MAX_SAMPLES}
+        for name, limit in limits.items():
+            if not 1 <= (value := getattr(self, name)) < limit:
+                raise InvalidRequestError(
+                    f"{name} must be at least 1 and less than {limit}, not {value}", request_id=self.request_id
+                )
 
 
 @dataclass(frozen=True)
@@ -50,12 +77,14 @@ class WorkerRef:
 
 @dataclass(frozen=True)
 class Assignment:
-    """A lease on one worker, or two.
+    """One sample's part of a lease on one worker, or two.
 
     Attributes:
         prefill: None when `decode` does the whole request.
-        reason: split, whole, mixed, no_prefill_worker or no_decode_worker.
+        reason: why so; the words are those of docs/routing.md.
         expires_ms: milliseconds since 1970 on the router's clock, unless renewed.
+        sample: which of the lease's samples this is; each is settled by itself.
+        ttft_ms, tpot_ms: estimates of the time to the first token and between tokens.
     """
 
     lease_id: str
@@ -64,3 +93,6 @@ class Assignment:
     decode: WorkerRef
     reason: str
     expires_ms: int
+    sample: int = 0
+    ttft_ms: float = 0.0
+    tpot_ms: float = 0.0

@@ -24,6 +24,15 @@ from joinwise.cluster.store.keys import Keys
 
 ADAPTER_CAPABILITY = "lora:"
 
+_MEMBERS = ("common", "members")
+
+# Microseconds until a worker has measured its own: a slow one's, so that nothing is promised too early.
+_UNKNOWN_US_PER_TOKEN = 1000
+_UNKNOWN_US_PER_STEP = 30_000
+_MAX_US_PER_TOKEN = 10_000_000
+_MAX_US_PER_STEP = 100_000_000
+_MAX_SEQS = 1 << 20
+
 
 @dataclass(frozen=True)
 class WorkerInfo:
@@ -154,6 +163,12 @@ class Registry:
                 _info_json(info),
                 info.engine_address,
                 info.kv_address,
+                info.fingerprint,
+                min(_MAX_SEQS, max(1, info.max_num_seqs)),
+                max(0, info.num_blocks * info.block_size),
+                _UNKNOWN_US_PER_TOKEN,
+                _UNKNOWN_US_PER_STEP,
+                preludes=("common", "pick", "members"),
             )
         if verdict != "ok":
             raise RegistrationRefusedError(_refusal(info, verdict, *details))
@@ -163,7 +178,9 @@ class Registry:
         """Say that a worker lives. False: the registry does not know this life of it, so it must register again."""
         now = await self._clock.now_ms() if now_ms is None else now_ms
         with store_errors(f"sending the heartbeat of worker {worker_id}"):
-            return bool(await self._scripts.run("heartbeat", worker_id, epoch, now, json.dumps(asdict(load))))
+            return bool(
+                await self._scripts.run("heartbeat", worker_id, epoch, now, json.dumps(asdict(load)), *_speeds(load))
+            )
 
     async def deregister(self, worker_id: str, epoch: int) -> bool:
         """Forget a worker that leaves; False if this life of it was not registered."""
@@ -180,7 +197,9 @@ class Registry:
 
     async def _change(self, worker_id: str, epoch: int, role: str) -> bool:
         with store_errors(f"changing the role of worker {worker_id}"):
-            return bool(await self._scripts.run("change", worker_id, epoch, "role", role))
+            return bool(
+                await self._scripts.run("change", worker_id, epoch, "role", role, preludes=("common", "members"))
+            )
 
     async def set_adapters(self, info: WorkerInfo, adapters: Iterable[str]) -> bool:
         """Record which adapters a registered worker has loaded now. False for a stale `info.epoch`."""
@@ -188,7 +207,13 @@ class Registry:
         with store_errors(f"recording the adapters of worker {info.worker_id}"):
             return bool(
                 await self._scripts.run(
-                    "change", info.worker_id, info.epoch, "caps", _capability_text(info), _info_json(info)
+                    "change",
+                    info.worker_id,
+                    info.epoch,
+                    "caps",
+                    _capability_text(info),
+                    _info_json(info),
+                    preludes=_MEMBERS,
                 )
             )
 
@@ -265,6 +290,16 @@ def parse_load(text: str) -> WorkerLoad:
     """The load in a heartbeat; an unloaded worker when there was none yet."""
     known = {field.name for field in fields(WorkerLoad)}
     return WorkerLoad(**{key: value for key, value in json.loads(text or "{}").items() if key in known})
+
+
+def _speeds(load: WorkerLoad) -> tuple[int, int]:
+    """Microseconds of a prompt token and of a decode step; 0 where a worker does not know, or says what cannot be."""
+    per_token = 1e6 / load.prefill_tokens_per_s if load.prefill_tokens_per_s > 0 else 0.0
+    return _between(per_token, _MAX_US_PER_TOKEN), _between(load.decode_step_ms * 1000, _MAX_US_PER_STEP)
+
+
+def _between(value: float, most: int) -> int:
+    return max(1, round(value)) if 0 < value <= most else 0
 
 
 def _refusal(info: WorkerInfo, verdict: str, other: str, theirs: str = "") -> str:

@@ -2,7 +2,7 @@
 
 A request's tokens are pending on its workers from `route` until `settle` (the prefill part until `prefill_done`). The
 reservation is a lease: whoever holds it renews it, and a gateway that dies leaves leases that expire. Each call is one
-Lua script and may be repeated safely: redis-py does so after a lost answer.
+Lua script and may be repeated safely: redis-py does so after a lost answer. How a choice is made: docs/routing.md.
 """
 
 from __future__ import annotations
@@ -10,24 +10,28 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 from redis.asyncio import Redis
 
 from joinwise.cluster.config_model import RouterConfig
-from joinwise.cluster.errors import JoinwiseError, OverloadedError, StoreUnavailableError
+from joinwise.cluster.errors import JoinwiseError, StoreUnavailableError
 from joinwise.cluster.router.admission import refusal
-from joinwise.cluster.router.decision import Assignment, Demand, WorkerRef
+from joinwise.cluster.router.ask import Ask, rules
+from joinwise.cluster.router.decision import Assignment, Demand, Held, WorkerRef
+from joinwise.cluster.router.line import Lines
 from joinwise.cluster.router.registry import Registry, WorkerState
+from joinwise.cluster.router.terms import Terms
 from joinwise.cluster.store.client import Scripts, StoreClock, store_errors
 from joinwise.cluster.store.keys import Keys
 
-__all__ = ["Assignment", "Demand", "Router", "WorkerRef"]
+__all__ = ["Assignment", "Demand", "Held", "Router", "Terms", "WorkerRef"]
 
-_QUEUE_POLL_S = 0.02
 _EXPIRE_BATCH = 256
+_ENDING = ("common", "tenants", "leases")
+_ROUTING = ("common", "tenants", "queue", "pick", "pools", "plan", "explain", "sessions")
 
 
 class Router:
@@ -51,71 +55,92 @@ class Router:
         self._clock = StoreClock(client, clock)
         self._registry = Registry(client, cluster, settings, clock)
         self._settings = settings
+        self._rules = rules(settings)
         self._lease_ms = int(settings.lease_s * 1000)
         self._ttl_ms = int(settings.worker_ttl_s * 1000)
-        self._waiting = 0
+        self._name = secrets.token_hex(6)
+        self._lines = Lines()
         self._abandoned: set[asyncio.Task[None]] = set()
 
     async def route(self, demand: Demand) -> Assignment:
         """Choose workers for a request and reserve its tokens on them.
 
-        With `queue_timeout_s` a request waits here for room, at most `max_queue` of them in one gateway.
+        With `queue_timeout_s` a request waits here for room: its tenant's turn goes by weight, its own by priority
+        and age, whichever gateways the others are at.
+
+        Returns:
+            The first sample's assignment; `samples_of` gives all of them.
 
         Raises:
             NoWorkerError: no live worker serves the model with all that is needed.
-            OverloadedError: no worker has room; `retry_after_s` is estimated from its pending tokens and speed.
+            OverloadedError: no worker has room; `retry_after_s` is estimated from pending work and the queue.
+            RateLimitedError: the tenant is over its limits.
+            ObjectiveError: no worker can keep the request's objectives.
         """
-        deadline = time.monotonic() + self._settings.queue_timeout_s
-        pause, queued = _QUEUE_POLL_S, False
-        try:
-            while True:
-                try:
-                    return await self._route_once(demand)
-                except OverloadedError:
-                    if time.monotonic() + pause >= deadline:
-                        raise
-                    if not queued and self._waiting >= self._settings.max_queue:
-                        raise
-                if not queued:
-                    self._waiting, queued = self._waiting + 1, True
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, 0.5)
-        finally:
-            self._waiting -= queued
-
-    async def _route_once(self, demand: Demand) -> Assignment:
-        lease_id = secrets.token_hex(12)
         now = await self._clock.now_ms()
+        timeout = self._settings.queue_timeout_s
+        lease_id = secrets.token_hex(12)
+        ask = Ask(
+            demand,
+            self._settings,
+            lease_id,
+            entry=f"{self._name}/{now + int(timeout * 1000)}/{lease_id}",
+            score=now + int(demand.terms.priority * self._settings.ageing_s * 1000),
+            patient=timeout > 0 and not demand.urgent,
+        )
         try:
-            with store_errors("routing", demand.request_id):
-                verdict, *details = await self._scripts.run(
-                    "route",
-                    lease_id,
-                    demand.request_id,
-                    demand.model,
-                    demand.prompt_tokens,
-                    demand.max_new_tokens,
-                    int(demand.whole),
-                    now,
-                    self._lease_ms,
-                    self._ttl_ms,
-                    self._settings.max_pending_tokens,
-                    json.dumps(sorted(demand.needs)),
-                    json.dumps(sorted(demand.exclude)),
-                    preludes=("common", "pick"),
-                )
+            verdict, *details = await self._ask(ask, queued=False)
+            if verdict == "after":
+                verdict, *details = await self._wait(ask)
         except BaseException as error:
             if isinstance(error, asyncio.CancelledError | StoreUnavailableError):
-                self._abandon(lease_id)  # the script may have run: the answer is lost, not the reservation
+                self._abandon(ask)  # the script may have run: the answer is lost, not the reservation
             raise
         if verdict == "ok":
             return _assignment(lease_id, json.loads(details[0]))
         raise refusal(demand, verdict, details, self._settings)
 
+    async def _wait(self, ask: Ask) -> list[Any]:
+        """Ask again whenever it is this request's turn here, until it is served, refused or late."""
+        try:
+            async with (
+                asyncio.timeout(self._settings.queue_timeout_s),
+                self._lines.place((ask.demand.model, ask.queue_class, ask.tenant[0]), ask.score) as place,
+            ):
+                await place.first.wait()
+                while (answer := await self._ask(ask, queued=True))[0] == "after":
+                    await self._lines.rest()
+                return answer
+        except TimeoutError:
+            return await self._ask(replace(ask, patient=False), queued=False)
+
+    async def _ask(self, ask: Ask, *, queued: bool) -> list[Any]:
+        demand = ask.demand
+        now = await self._clock.now_ms()
+        with store_errors("routing", demand.request_id):
+            answer: list[Any] = await self._scripts.run(
+                "route",
+                ask.lease_id,
+                demand.request_id,
+                demand.model,
+                demand.prompt_tokens,
+                demand.max_new_tokens,
+                demand.samples,
+                now,
+                self._lease_ms,
+                self._ttl_ms,
+                ask.text(queued=queued),
+                self._rules,
+                preludes=_ROUTING,
+            )
+        return answer
+
     async def prefill_done(self, assignment: Assignment) -> bool:
         """Give the prefill worker its tokens back: the first token is out. False if that was done before."""
         with store_errors(f"releasing the prefill part of lease {assignment.lease_id}"):
-            return bool(await self._scripts.run("prefill_done", assignment.lease_id, assignment.lease_epoch))
+            done = bool(await self._scripts.run("prefill_done", assignment.lease_id, assignment.lease_epoch))
+        self._lines.room()
+        return done
 
     async def renew(self, assignments: Iterable[Assignment]) -> list[str]:
         """Extend leases, all in one call. Returns the ids of those that have expired or were settled."""
@@ -127,10 +152,20 @@ class Router:
             lost: list[str] = await self._scripts.run("renew", now, self._lease_ms, *pairs)
         return lost
 
-    async def settle(self, assignment: Assignment) -> bool:
-        """Give back all that the lease still holds. False if it was settled before or has expired."""
+    async def settle(self, assignment: Assignment, generated: int | None = None) -> bool:
+        """Give back what a sample still holds. False if it was settled before or has expired.
+
+        Args:
+            assignment: what `route` or `samples_of` gave.
+            generated: tokens that were made; the tenant gets the rest of its reservation back. None: all of them.
+        """
+        used = (1 << 31) if generated is None else generated
         with store_errors(f"settling lease {assignment.lease_id}"):
-            return bool(await self._scripts.run("settle", assignment.lease_id, assignment.lease_epoch))
+            ended = await self._scripts.run(
+                "settle", assignment.lease_id, assignment.lease_epoch, assignment.sample, used, preludes=_ENDING
+            )
+        self._lines.room()
+        return bool(ended)
 
     async def expire(self) -> int:
         """End leases past their time, forget silent workers; returns how many leases. Any gateway, once a second."""
@@ -138,7 +173,9 @@ class Router:
         while True:
             now = await self._clock.now_ms()
             with store_errors("expiring leases"):
-                leases, workers = await self._scripts.run("expire", now, self._ttl_ms, _EXPIRE_BATCH)
+                leases, workers = await self._scripts.run(
+                    "expire", now, self._ttl_ms, self._lease_ms, _EXPIRE_BATCH, preludes=(*_ENDING, "pick")
+                )
             ended += int(leases)
             if max(leases, workers) < _EXPIRE_BATCH:
                 return ended
@@ -168,19 +205,31 @@ class Router:
                 )
         return sorted(found)
 
-    def _abandon(self, lease_id: str) -> None:
+    def _abandon(self, ask: Ask) -> None:
         """Settle a lease whose answer was lost, in the background; if that fails too, it expires."""
 
         async def settle() -> None:
             try:
-                with store_errors(f"abandoning lease {lease_id}"):
-                    await self._scripts.run("settle", lease_id, "")
+                with store_errors(f"abandoning lease {ask.lease_id}"):
+                    await self._scripts.run(
+                        "abandon",
+                        ask.lease_id,
+                        f"{ask.demand.model}:{ask.queue_class}",
+                        ask.tenant[0],
+                        ask.entry,
+                        preludes=(*_ENDING, "queue"),
+                    )
             except JoinwiseError:
                 pass
 
         task = asyncio.get_running_loop().create_task(settle())
         self._abandoned.add(task)
         task.add_done_callback(self._abandoned.discard)
+
+
+def samples_of(assignment: Assignment, samples: int) -> list[Assignment]:
+    """The parts of a lease that was routed for several samples; each is settled by itself."""
+    return [replace(assignment, sample=index) for index in range(samples)]
 
 
 def _assignment(lease_id: str, reply: dict[str, Any]) -> Assignment:
@@ -195,6 +244,8 @@ def _assignment(lease_id: str, reply: dict[str, Any]) -> Assignment:
         decode=ref(reply["d"]),
         reason=reply["reason"],
         expires_ms=int(reply["expires"]),
+        ttft_ms=float(reply["ms"][0]),
+        tpot_ms=float(reply["ms"][1]),
     )
 
 

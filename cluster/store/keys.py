@@ -3,22 +3,34 @@
 All keys of a cluster share the hash tag `{jw:<cluster>}`, so one Lua script may touch all of them on Redis Cluster too,
 and a version: two releases with different layouts run side by side without reading each other's.
 
-| key after the base    | type   | holds |
-|-----------------------|--------|-------|
-| worker:<id>           | hash   | registration, epoch, role, last heartbeat, load, pending tokens per phase |
-| beats                 | zset   | worker id -> milliseconds of its last heartbeat |
-| queue:<role>:<model>  | zset   | worker id -> pending tokens; the routable workers of one role |
-| adapters:<model>      | hash   | adapter name -> JSON of path and id |
-| lease:<id>            | hash   | one reservation |
-| leases                | zset   | lease id -> milliseconds at which it expires |
-| epoch                 | string | counter of epochs; starts at the time, so that lost data repeats none |
+| key after the base                | type   | holds |
+|-----------------------------------|--------|-------|
+| worker:<id>                       | hash   | registration, epoch, role and home, heartbeat, speeds, what is pending |
+| beats                             | zset   | worker id -> milliseconds of its last heartbeat |
+| queue:<role>:<profile>:<model>    | zset   | worker id -> ms of pending work; the routable workers of a role |
+| room:<role>:<profile>:<model>     | zset   | the same workers -> pending tokens |
+| profiles:<model>                  | hash   | profile -> the capabilities that its workers share |
+| adapters:<model>                  | hash   | adapter name -> JSON of path and id |
+| lease:<id>                        | hash   | one reservation |
+| leases                            | zset   | lease id -> milliseconds at which it expires |
+| wait:<tenant>:<class>             | zset   | requests that wait for room -> their place |
+| turns:<class>                     | zset   | tenant -> its virtual time, while requests of it wait |
+| pollers                           | zset   | gateway -> milliseconds at which it last asked for one that waits |
+| tenant:<name>                     | hash   | token buckets, and how many requests run |
+| sessions, session_ends            | hash, zset | session -> its worker, and when that is forgotten |
+| decisions                         | stream | the last decisions, with their candidates |
+| blocks                            | stream | KV events of all workers |
+| snapshots                         | set    | workers that are asked for all that their caches hold |
+| clock, grace                      | string | when `expire` last ran, and until when nobody is judged silent |
+| epoch                             | string | counter of epochs; starts at the time, so that lost data repeats none |
+| token                             | string | what the cluster's processes show each other |
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-VERSION = "v1"
+VERSION = "v2"
 
 
 @dataclass(frozen=True)
@@ -46,9 +58,20 @@ class Keys:
         """One worker."""
         return f"{self.base}worker:{worker_id}"
 
-    def queue(self, role: str, model: str) -> str:
-        """Routable workers of a role, by pending tokens."""
-        return f"{self.base}queue:{role}:{model}"
+    @property
+    def decisions(self) -> str:
+        """The last decisions."""
+        return f"{self.base}decisions"
+
+    @property
+    def blocks(self) -> str:
+        """KV events."""
+        return f"{self.base}blocks"
+
+    @property
+    def snapshots(self) -> str:
+        """Workers that are asked for a snapshot."""
+        return f"{self.base}snapshots"
 
     def adapters(self, model: str) -> str:
         """LoRA adapters of a model."""

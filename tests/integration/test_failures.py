@@ -96,7 +96,7 @@ def own_cluster(
         pool["engine"] |= {"max_num_batched_tokens": 128}
         pool["replicas"] = 2 if pool["role"] == "decode" else 1
     config["kv"] = {"transfer_timeout_s": TRANSFER_TIMEOUT_S}
-    config["router"] = {"worker_ttl_s": 3, "max_pending_tokens": MAX_PENDING_TOKENS}
+    config["router"] |= {"worker_ttl_s": 3, "max_pending_tokens": MAX_PENDING_TOKENS}
     config["gateway"]["drain_s"] = 1
     with running_cluster(config, tmp_path_factory.mktemp("failing")) as cluster:
         yield cluster

@@ -100,7 +100,7 @@ async def test_all_keys_share_one_hash_slot(
     await registry.add_adapter("m", "a", "p", 1)
     base = Keys(cluster_name).base
     found = [key async for key in redis_client.scan_iter(match=f"*{cluster_name}}}*")]
-    assert len(found) == 5
+    assert len(found) == 7
     assert all(key.startswith(base) for key in found)
     assert base.startswith("{jw:")
 

@@ -1,62 +1,25 @@
 """The router against a real Redis: choice, admission, leases, and the races between them."""
 
 import asyncio
-import json
 from collections.abc import Callable
 
 import pytest
+from helpers.router_rig import Bench, Make, chosen, demand
 from redis.asyncio import Redis
 
 from joinwise.cluster.config import RouterConfig
 from joinwise.cluster.errors import InvalidRequestError, NoWorkerError, OverloadedError, StoreUnavailableError
 from joinwise.cluster.router.admission import retry_after_s
-from joinwise.cluster.router.registry import Registry, WorkerInfo, WorkerLoad
-from joinwise.cluster.router.router import Assignment, Demand, Router
+from joinwise.cluster.router.registry import WorkerLoad
+from joinwise.cluster.router.router import Assignment, Router
 from joinwise.cluster.store.client import connect
 from joinwise.cluster.store.embedded import EmbeddedRedis
 from joinwise.cluster.store.keys import Keys
-
-Make = Callable[..., WorkerInfo]
-
-
-def demand(prompt: int = 100, new: int = 10, **changes: object) -> Demand:
-    return Demand(**{"request_id": "r", "model": "m", "prompt_tokens": prompt, "max_new_tokens": new, **changes})  # type: ignore[arg-type]
-
-
-class Bench:
-    """A router and a registry on one virtual clock."""
-
-    def __init__(self, client: Redis, cluster: str, clock: Callable[[], int], make: Make) -> None:
-        self.settings = RouterConfig(max_pending_tokens=1000, lease_s=10, worker_ttl_s=5)
-        self.client, self.cluster, self.clock, self._make = client, cluster, clock, make
-        self.registry = Registry(client, cluster, self.settings, clock)
-        self.router = Router(client, cluster, self.settings, clock)
-        self.epochs: dict[str, int] = {}
-
-    async def join(self, worker_id: str, role: str = "mixed", **changes: object) -> int:
-        epoch = self.epochs[worker_id] = await self.registry.register(self._make(worker_id, role, **changes))
-        return epoch
-
-    async def pending(self) -> dict[str, tuple[int, int]]:
-        """Worker -> pending tokens of prefill and decode; the queues' scores must say the same."""
-        states = await self.registry.states()
-        keys = Keys(self.cluster)
-        for state in states:
-            score = await self.client.zscore(keys.queue(state.info.role, state.info.model), state.info.worker_id)
-            assert score is None or score == state.pending_tokens
-        return {state.info.worker_id: (state.pending_prefill, state.pending_decode) for state in states}
-
-    async def assert_zero(self) -> None:
-        assert await self.router.leftovers() == []
 
 
 @pytest.fixture
 def bench(redis_client: Redis, cluster_name: str, clock: Callable[[], int], make_worker: Make) -> Bench:
     return Bench(redis_client, cluster_name, clock, make_worker)
-
-
-def chosen(assignment: Assignment) -> tuple[str | None, str]:
-    return assignment.prefill.worker_id if assignment.prefill else None, assignment.decode.worker_id
 
 
 # --- choice ----------------------------------------------------------------------------------------------------------
@@ -147,13 +110,13 @@ def test_absurd_counts_are_refused(field: str, value: int) -> None:
 
 
 async def test_a_full_worker_refuses_with_a_time_to_come_back(bench: Bench) -> None:
-    epoch = await bench.join("m")
-    await bench.registry.heartbeat("m", epoch, WorkerLoad(running=2, decode_step_ms=100, prefill_tokens_per_s=50))
+    await bench.join("m")
+    await bench.measured("m", tokens_per_s=5, step_ms=160)
     first = await bench.router.route(demand(400, 100))
     assert (await bench.pending())["m"] == (400, 500)
     with pytest.raises(OverloadedError) as caught:
         await bench.router.route(demand(100, 100))
-    assert caught.value.retry_after_s == 10.0  # 900 + 300 - 1000 tokens at 2 * 10 tokens/s
+    assert caught.value.retry_after_s == 9.0  # 100 tokens too many, of 900 in 400 * 200 ms + 100 * 160 / 16 ms
     assert (await bench.pending())["m"] == (400, 500)
     await bench.router.settle(first)
     await bench.assert_zero()
@@ -180,19 +143,9 @@ async def test_a_request_waits_for_room(bench: Bench) -> None:
     assert await waiting
 
 
-@pytest.mark.parametrize(
-    ("excess", "phase", "load", "seconds"),
-    [
-        (100, "prefill", {"prefill_tokens_per_s": 40.0}, 3.0),
-        (100, "decode", {"decode_step_ms": 20.0}, 2.0),
-        (100, "decode", {"decode_step_ms": 20.0, "running": 4}, 1.0),
-        (10**9, "prefill", {"prefill_tokens_per_s": 1.0}, 60.0),
-        (100, "prefill", {}, 1.0),
-        (100, "decode", {"decode_step_ms": -5.0}, 1.0),
-    ],
-)
-def test_retry_after(excess: int, phase: str, load: dict[str, float], seconds: float) -> None:
-    assert retry_after_s(excess, phase, json.dumps(load)) == seconds
+@pytest.mark.parametrize(("wait_ms", "seconds"), [(0, 1.0), (1, 1.0), (2001, 3.0), ("59999", 60.0), (10**12, 60.0)])
+def test_retry_after(wait_ms: int | str, seconds: float) -> None:
+    assert retry_after_s(wait_ms) == seconds
 
 
 # --- leases ----------------------------------------------------------------------------------------------------------
@@ -247,7 +200,7 @@ async def test_a_silent_worker_gets_nothing_and_is_forgotten(bench: Bench, clock
     assert await bench.router.settle(lease)
     await bench.assert_zero()
     left = [key async for key in bench.client.scan_iter(match=f"*{bench.cluster}}}*")]
-    assert left == [Keys(bench.cluster).base + "epoch"]
+    assert {key.removeprefix(Keys(bench.cluster).base) for key in left} == {"epoch", "clock", "decisions"}
 
 
 async def test_a_changed_role_keeps_what_is_pending(bench: Bench) -> None:
@@ -257,11 +210,15 @@ async def test_a_changed_role_keeps_what_is_pending(bench: Bench) -> None:
     assert await bench.registry.set_role("a", bench.epochs["a"], "decode")
     assert not await bench.registry.set_role("a", bench.epochs["a"] + 1, "decode")
     assert await bench.pending() == {"a": (100, 0), "b": (0, 110)}
-    assert chosen(await bench.router.route(demand())) == (None, "a")
+    assert chosen(await bench.router.route(demand(exclude=frozenset({"b"})))) == (None, "a")
     assert await bench.registry.drain("b", bench.epochs["b"])
+    assert await bench.pending() == {"a": (200, 110), "b": (0, 110)}
     assert [info.worker_id for info in await bench.registry.list()] == ["a"]
     await bench.router.settle(lease)
     assert await bench.pending() == {"a": (100, 110), "b": (0, 0)}
+    assert await bench.registry.set_role("b", bench.epochs["b"], "mixed")
+    assert await bench.roles() == {"a": "decode", "b": "mixed"}
+    await bench.pending()
 
 
 async def test_a_repeated_route_call_reserves_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

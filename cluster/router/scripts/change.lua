@@ -2,15 +2,15 @@
 -- ARGV: 1 worker id, 2 epoch, 3 'role' or 'caps', 4 the new value, 5 (caps) the registration as JSON.
 -- Returns 0 if the epoch is not the registered one.
 local id, key = ARGV[1], worker_key(ARGV[1])
-local worker = redis.call('HMGET', key, 'epoch', 'model', 'role', 'prefill', 'decode')
-if worker[1] ~= ARGV[2] then return 0 end
-redis.call('HSET', key, ARGV[3], ARGV[4])
+local w = redis.call('HMGET', key, 'epoch', 'model', 'role', 'profile', 'caps')
+if w[1] ~= ARGV[2] then return 0 end
 if ARGV[3] == 'caps' then
-  redis.call('HSET', key, 'info', ARGV[5])
-  return 1
+  redis.call('HSET', key, 'info', ARGV[5], 'caps', ARGV[4])
+else
+  redis.call('HSET', key, 'role', ARGV[4], 'home', ARGV[4])
 end
-redis.call('ZREM', queue_key(worker[3], worker[2]), id)
-if ARGV[4] ~= 'draining' then
-  redis.call('ZADD', queue_key(ARGV[4], worker[2]), tonumber(worker[4]) + tonumber(worker[5]), id)
-end
+local profile = profile_of(w[2], redis.call('HGET', key, 'caps'))
+redis.call('HSET', key, 'profile', profile)
+charge(id, w[1], 0, 0, 0, 0)
+if w[3] ~= 'draining' and (w[3] ~= redis.call('HGET', key, 'role') or w[4] ~= profile) then unplace(id, w[2], w[3], w[4]) end
 return 1

@@ -1,42 +1,72 @@
--- Choosing among workers. `demand`: model, needs and excluded (lists), oldest (ms of the last acceptable heartbeat).
+-- Who could serve a request, and what it would cost there in milliseconds. `demand`: model, needs (list), excluded,
+-- held (id -> epoch and prompt tokens in its KV cache), session (a worker id or nil), prompt, new (tokens of all samples),
+-- samples, oldest (ms of the last acceptable heartbeat), limit (pending tokens), and the weights named in `cost`.
+local LOOK = { 'epoch', 'beat', 'role', 'home', 'fingerprint', 'profile', 'prefill', 'decode', 'gen', 'n', 'per_token',
+  'per_step', 'seqs', 'capacity' }
+local FEW = 3 -- of the least loaded, from each set of workers
 
--- The worker if it is alive and has everything that is needed, else nil.
-local function eligible(id, role, demand)
-  local fields = redis.call('HMGET', worker_key(id), 'beat', 'caps', 'epoch', 'engine', 'kv', 'load')
-  if not fields[1] or tonumber(fields[1]) < demand.oldest then return nil end
-  for _, need in ipairs(demand.needs) do
-    if not string.find(fields[2], '\n' .. need .. '\n', 1, true) then return nil end
+-- Milliseconds of the last heartbeat that still counts. In a grace (`expire.lua`) nobody is too old.
+local function oldest_beat(now, ttl)
+  local grace = redis.call('GET', base .. 'grace')
+  return grace and tonumber(grace) >= now and -1 or now - ttl
+end
+
+-- Whether a capability text ('\n' around each) has everything that is needed.
+local function capable(text, needs)
+  for _, need in ipairs(needs) do
+    if not string.find(text, '\n' .. need .. '\n', 1, true) then return false end
   end
-  for _, other in ipairs(demand.excluded) do
-    if other == id then return nil end
+  return true
+end
+
+-- Profiles that fit: all of them where nothing is needed.
+local function fitting(demand)
+  local all, fit = redis.call('HGETALL', profiles_key(demand.model)), {}
+  for i = 1, #all, 2 do
+    if capable(all[i + 1], demand.needs) then fit[all[i]] = true end
   end
-  return { id = id, role = role, epoch = fields[3], engine = fields[4], kv = fields[5], load = fields[6] }
+  return fit
 end
 
--- Join-the-shortest-queue: the eligible worker of a role with the fewest pending tokens, or nil.
-local function shortest(role, demand)
-  local from, page = 0, nil
-  repeat
-    page = redis.call('ZRANGE', queue_key(role, demand.model), from, from + 15, 'WITHSCORES')
-    for i = 1, #page, 2 do
-      local worker = eligible(page[i], role, demand)
-      if worker then
-        worker.pending = tonumber(page[i + 1])
-        return worker
-      end
-    end
-    from = from + 16
-  until #page == 0
-  return nil
+-- Estimates for a worker, in ms: `wait` until a prompt starts there, `pre` for the part of it that is not cached, `harm`
+-- to requests that decode there while it is computed, `queue` of decoding work, `stall` for want of a batch slot or of
+-- KV blocks, `move` for bringing the KV that it lacks. A worker whose business is decoding always has a neighbour.
+local function cost(w, demand)
+  local held = demand.held[w.id]
+  local cached = held and held[1] == w.epoch and math.max(0, math.min(held[2], demand.prompt - 1)) or 0
+  local fresh, step, n = demand.prompt - cached, w.per_step / 1000, w.n
+  w.fresh = fresh
+  w.wait, w.pre = w.prefill * w.per_token / 1000, fresh * w.per_token / 1000
+  w.harm = demand.gap_weight * math.max(n, w.home == 'decode' and 1 or 0) * w.pre
+  w.queue = w.gen * step / w.seqs
+  local slots = math.max(0, n + demand.samples - w.seqs)
+  local blocks = w.capacity > 0 and math.max(0, w.decode + demand.prompt + demand.new - w.capacity) or 0
+  w.stall = n > 0 and (slots * w.gen / n / w.seqs + blocks / n) * step or 0
+  w.move = demand.handoff_ms + fresh * demand.handoff_us / 1000
+  w.bonus = demand.session == w.id and demand.slack_ms or 0
 end
 
--- The one with fewer pending tokens; on a tie the first, which is the specialist.
-local function lesser(a, b)
-  if a and b then return b.pending < a.pending and b or a end
-  return a or b
+-- The worker as a candidate, or nil, and then whether it is dead or lost. A dead one is forgotten: it is met once, and
+-- registers again if it lives.
+local function look(id, demand, fit)
+  local f = redis.call('HMGET', worker_key(id), unpack(LOOK))
+  if not f[1] then return nil, true end
+  if demand.excluded[id] or f[3] == 'draining' or not fit[f[6]] then return nil end
+  if tonumber(f[2]) < demand.oldest then
+    drop_worker(id)
+    return nil, true
+  end
+  local w = { id = id, epoch = f[1], role = f[3], home = f[4], fingerprint = f[5], profile = f[6], prefill = tonumber(f[7]),
+    decode = tonumber(f[8]), gen = tonumber(f[9]), n = tonumber(f[10]), per_token = tonumber(f[11]),
+    per_step = tonumber(f[12]), seqs = tonumber(f[13]), capacity = tonumber(f[14]) }
+  cost(w, demand)
+  return w
 end
 
-local function reserve(worker, model, phase, tokens)
-  redis.call('HINCRBY', worker_key(worker.id), phase, tokens)
-  redis.call('ZINCRBY', queue_key(worker.role, model), tokens, worker.id)
+local function pending_on(w) return w.prefill + w.decode end
+
+-- An idle worker takes any request, a busy one no more than the limit.
+local function has_room(w, tokens, demand)
+  local pending = pending_on(w)
+  return pending == 0 or pending + tokens <= demand.limit
 end

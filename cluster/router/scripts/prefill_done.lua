@@ -4,5 +4,5 @@ local key = base .. 'lease:' .. ARGV[1]
 local lease = redis.call('HMGET', key, 'epoch', 'p', 'pe', 'pt')
 if lease[1] ~= ARGV[2] or lease[4] == '0' then return 0 end
 redis.call('HSET', key, 'pt', '0')
-release(lease[2], lease[3], 'prefill', tonumber(lease[4]))
+charge(lease[2], lease[3], -tonumber(lease[4]), 0, 0, 0)
 return 1
