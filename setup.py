@@ -9,15 +9,16 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
+kernels = Path("kernels")
 native = runpy.run_path("kernels/native.py")
-sources = native["sources"](Path("kernels"))
 
 setup(
     ext_modules=[
         Extension(
             "joinwise.kernels._native",
-            sources=[source.as_posix() for source in sources],
-            define_macros=[("JOINWISE_SOURCES", f'"{native["digest"](sources)}"')],
+            sources=[source.as_posix() for source in native["sources"](kernels)],
+            depends=[header.as_posix() for header in native["headers"](kernels)],
+            define_macros=[("JOINWISE_SOURCES", f'"{native["digest"](kernels)}"')],
             extra_compile_args=["-std=c++17", "-O3", "-g0", "-pthread", "-Wall", "-Wextra"],
             extra_link_args=["-pthread"],
             language="c++",

@@ -32,8 +32,14 @@ def sources(folder: Path = _folder) -> list[Path]:
     return [folder / "native.cpp", *sorted(folder.glob("*/*.cpp"))]
 
 
-def digest(files: list[Path]) -> str:
-    """Digest of the sources: compiled into the library, so that an old one is never called in a new one's way."""
+def headers(folder: Path = _folder) -> list[Path]:
+    """What the sources include."""
+    return sorted(folder.glob("*/*.h"))
+
+
+def digest(folder: Path = _folder) -> str:
+    """Digest of all of them: compiled into the library, so that an old one is never called in a new one's way."""
+    files = [*sources(folder), *headers(folder)]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
@@ -59,6 +65,6 @@ def _open(path: Path) -> ctypes.CDLL:
         built_from = opened.joinwise_native_sources().decode()
     except AttributeError:
         built_from = "unknown"
-    if built_from != (wanted := digest(sources(path.parent))):
+    if built_from != (wanted := digest(path.parent)):
         raise OSError(f"{path.name} was built from other sources ({built_from}) than those beside it ({wanted})")
     return opened

@@ -57,7 +57,7 @@ kind=$(accelerator)
 lock=requirements/$kind.lock
 want_lock="$kind $(checksum "$lock")"
 compiler=$("${CXX:-g++}" --version 2>/dev/null | head -n 1) || compiler="no C++ compiler"
-want_project="$root $(checksum pyproject.toml setup.py kernels/native.* kernels/*/*.cpp) $compiler"
+want_project="$root $(checksum pyproject.toml setup.py kernels/native.* kernels/*/*.{cpp,h}) $compiler"
 
 # Two makes at once would install into each other's way.
 if command -v flock >/dev/null; then

@@ -1,0 +1,36 @@
+// The innermost loops of kv_pack, in the best form that this processor has. Strides are in bytes, pointers may be
+// unaligned.
+#pragma once
+#include <cstdint>
+
+namespace joinwise::kv_pack {
+
+using Byte = std::uint8_t;
+using Size = std::int64_t;
+
+// Element types that are converted into one another; any other type only travels as it is.
+enum Float : int { kOpaque = 0, kFloat32 = 1, kBfloat16 = 2, kFloat16 = 3, kFloats = 4 };
+
+// Copies rows of `row_bytes`.
+using CopyRows = void (*)(const Byte* source, Size source_stride, Byte* target, Size target_stride, Size rows,
+                          Size row_bytes);
+// target[c][r] = source[r][c]
+using Transpose = void (*)(const Byte* source, Size source_stride, Byte* target, Size target_stride, Size rows,
+                           Size columns);
+// Converts rows of `count` numbers, rounding to nearest even; NaN stays NaN.
+using ConvertRows = void (*)(const Byte* source, Size source_stride, Byte* target, Size target_stride, Size rows,
+                             Size count);
+
+struct Leaves {
+    CopyRows copy_rows;
+    Transpose transpose1, transpose2, transpose4, transpose8;  // by the bytes of an element
+    ConvertRows convert[kFloats][kFloats];                     // [from][to]; null where nothing is to be converted
+
+    Transpose transpose(Size element) const {
+        return element == 1 ? transpose1 : element == 2 ? transpose2 : element == 4 ? transpose4 : transpose8;
+    }
+};
+
+const Leaves& leaves();
+
+}  // namespace joinwise::kv_pack
