@@ -1,0 +1,1 @@
+"""Codecs for KV on its way between workers."""
