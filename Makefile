@@ -5,7 +5,7 @@ PATHS := cluster actors kernels scripts tests setup.py
 # Extra arguments of pytest: make test ARGS="-k router -x"
 ARGS ?=
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-unit check check-format check-lint check-types check-imports check-proto check-size \
+.PHONY: help env demo test test-unit helm-test check check-format check-lint check-types check-imports check-proto check-size \
         format proto proto-accept-breaking golden lock wheel clean
 
 help: ## list the targets
@@ -22,6 +22,9 @@ test: env ## run all tests
 
 test-unit: env ## run the tests that start no engine and no cluster
 	HF_HUB_OFFLINE=1 .venv/bin/pytest tests/unit -m "not engine and not cluster and not slow" $(ARGS)
+
+helm-test: env ## lint, render, validate and package the chart
+	.venv/bin/pytest tests/unit/test_helm.py tests/unit/test_helm_toggles.py tests/unit/test_helm_files.py $(ARGS)
 
 check: env check-format check-lint check-types check-imports check-proto check-size ## format, lint, types, import rules, protocols
 	@echo "check: all good"

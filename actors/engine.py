@@ -15,7 +15,6 @@ from dataclasses import replace
 from typing import Any
 
 import grpc
-import prometheus_client
 import vllm
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -26,7 +25,9 @@ from joinwise.actors import cpu
 from joinwise.actors.auth import AsyncBearer, is_loopback
 from joinwise.actors.engine_service import PROTOCOL_VERSION, EngineService, WorkerIdentity
 from joinwise.actors.models import resolve_model
+from joinwise.actors.ops import OpsServer
 from joinwise.actors.spec import WorkerSpec
+from joinwise.actors.tls import Certificates, peers
 from joinwise.actors.vllm import build, connector
 from joinwise.actors.vllm.connector.worker import KvSettings
 from joinwise.actors.vllm.engine_loop import EngineLoop
@@ -61,6 +62,11 @@ class EngineWorker:
         self._heart: asyncio.Task[None] | None = None
         self._dead: BaseException | None = None
         self._token = ""
+        self._certificates: Certificates | None = None
+        self._ops: OpsServer | None = None
+        self._registered = False
+        self._draining = False
+        self._beaten = time.monotonic()
 
     async def start(self) -> dict[str, Any]:
         """Build the engine and register it.
@@ -74,6 +80,8 @@ class EngineWorker:
         """
         begin = time.monotonic()
         cpu.pin(self._spec.cores)
+        self._certificates = peers(self._config.tls)
+        self._ops = self._open_ops()
         self._token = "" if is_loopback(self._spec.host) else await self._registry.token()
         model = await asyncio.to_thread(resolve_model, self._model.model, revision=self._model.revision)
         arguments = self._config.engine_arguments(self._pool)
@@ -98,21 +106,26 @@ class EngineWorker:
 
     async def stop(self, drain_s: float = 0.0) -> None:
         """Leave: no new work, let what runs end for up to `drain_s` seconds, then close everything."""
-        if self._heart is not None:
-            self._heart.cancel()
-        if self._info is not None and self._service is not None:
-            with contextlib.suppress(JoinwiseError):
-                await self._registry.deregister(self._info.worker_id, self._service.identity.epoch)
         if self._health is not None:
             await self._health.enter_graceful_shutdown()
-        deadline = time.monotonic() + drain_s
-        while self._engine is not None and time.monotonic() < deadline and await self._busy():  # noqa: ASYNC110
-            await asyncio.sleep(0.05)
+        await self.drain(drain_s)
         if self._server is not None:
             await self._server.stop(0.2)
         if self._engine is not None:
             await asyncio.to_thread(self._engine.stop)
+        if self._ops is not None:
+            await asyncio.to_thread(self._ops.close)
         await self._redis.aclose()
+
+    async def drain(self, drain_s: float) -> None:
+        """Leave the registry, and return when what runs has ended, or after `drain_s` seconds. Links stay open."""
+        self._draining = True
+        if self._heart is not None:
+            self._heart.cancel()
+        await self._deregister()
+        deadline = time.monotonic() + drain_s
+        while self._engine is not None and time.monotonic() < deadline and await self._busy():  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
 
     def failure(self) -> str:
         """Why this worker is sick; empty when it is well. An engine that has work and steps no more is sick."""
@@ -162,7 +175,11 @@ class EngineWorker:
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
-        port = self._server.add_insecure_port(f"{self._spec.host}:0")
+        bind = f"{self._spec.host}:0"
+        if self._certificates is None:
+            port = self._server.add_insecure_port(bind)
+        else:
+            port = self._server.add_secure_port(bind, self._certificates.grpc_server())
         await self._server.start()
         for name in ("", _SERVICE):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -173,7 +190,7 @@ class EngineWorker:
         assert worker is not None, "the connector is built with the engine"
         assert worker.blocks is not None, "vLLM registers its caches while it starts"
         assert worker.server is not None, "the KV port opens with them"
-        metrics, _ = prometheus_client.start_http_server(0, addr=self._spec.host)
+        assert self._ops is not None, "it opens first of all"
         scheduler, cache = config.scheduler_config, config.cache_config
         parallel = config.parallel_config.tensor_parallel_size
         facts = [digest, str(config.model_config.dtype), cache.block_size, scheduler.max_num_seqs, parallel]
@@ -188,7 +205,7 @@ class EngineWorker:
             model_digest=digest,
             engine_address=address,
             kv_address=worker.server.address,
-            metrics_address=f"{self._spec.host}:{metrics.server_port}",
+            metrics_address=f"{self._spec.host}:{self._ops.port}",
             capabilities=frozenset({"replay", "kv_grpc"}),
             kv_layout=worker.blocks.digest,
             max_model_len=config.model_config.max_model_len,
@@ -216,6 +233,42 @@ class EngineWorker:
                 if attempt == _ADAPTER_ATTEMPTS - 1 or {each.name for each in recorded} <= self._info.adapters:
                     raise
         self._service.identity = WorkerIdentity(self._config.cluster, self._spec.worker_id, epoch)
+        self._registered = True
+
+    async def _deregister(self) -> None:
+        if self._info is not None and self._service is not None:
+            with contextlib.suppress(JoinwiseError):
+                await self._registry.deregister(self._info.worker_id, self._service.identity.epoch)
+        self._registered = False
+
+    def _open_ops(self) -> OpsServer:
+        """The operator's port. A fixed one is open on all interfaces: a pod drains itself over loopback."""
+        host, port, loop = self._spec.host, self._pool.ops_port, asyncio.get_running_loop()
+        if port and not is_loopback(host):
+            host = "::" if ":" in host else "0.0.0.0"  # noqa: S104
+        patience = self._config.gateway.drain_s
+
+        def drain() -> None:
+            asyncio.run_coroutine_threadsafe(self.drain(patience), loop).result(patience + 10)
+
+        try:
+            tls = self._certificates.server_context(clients=False) if self._certificates else None
+            return OpsServer(host, port, live=self._sick, ready=self._unready, drain=drain, tls=tls)
+        except OSError as error:
+            raise ConfigError(
+                f"pool {self._pool.name!r}: the operator's port {port} is taken: ops_port: 0 picks a free one"
+            ) from error
+
+    def _sick(self) -> str:
+        """Why this process should be restarted; asked by threads. Nothing of it waits for the event loop."""
+        if self._registered and not self._draining and (silent := time.monotonic() - self._beaten) > _STUCK_S:
+            return f"the event loop has not run for {silent:.0f} s"
+        return self.failure()
+
+    def _unready(self) -> str:
+        if self._draining:
+            return "it drains"
+        return self._sick() or ("" if self._registered else "the worker has not registered yet")
 
     async def _load_adapters(self) -> frozenset[str]:
         """Adapters that the cluster serves are here before the first request can be."""
@@ -234,6 +287,7 @@ class EngineWorker:
         assert self._info is not None
         assert self._service is not None
         while not self.failure():
+            self._beaten = time.monotonic()
             try:
                 epoch = self._service.identity.epoch
                 if not await self._registry.heartbeat(self._info.worker_id, epoch, self._load()):

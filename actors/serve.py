@@ -22,6 +22,7 @@ from ray.serve.handle import DeploymentHandle
 
 from joinwise.actors import cpu
 from joinwise.actors.launch import Cluster, reachable
+from joinwise.actors.scaling import RUNNING
 from joinwise.cluster.config import JoinwiseConfig, load_config
 from joinwise.cluster.errors import InternalError, StoreUnavailableError
 
@@ -92,6 +93,10 @@ class GatewayReplica:
     async def addresses(self) -> dict[str, str]:
         """Where this replica listens: `http` and `grpc`."""
         return self._addresses
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Running requests; Serve asks for them where its configuration says that it scales gateways."""
+        return {RUNNING: float(len(self._gateway.running()))}
 
     async def check_health(self) -> None:
         """Raise when a new launcher has brought another Redis; a launcher that is away is no reason."""

@@ -28,11 +28,14 @@ Schema = dict[str, Any]
 
 #: Keys of joinwise.yaml that the chart sets itself, by the definition that holds them.
 DECIDED = {
-    "": ("cluster", "pools"),
-    "RedisConfig": ("url", "port", "data_dir"),
+    "": ("cluster", "pools", "tls"),
+    "RedisConfig": ("url", "port", "data_dir", "tls"),
     "RayConfig": ("address", "namespace"),
-    "GatewayConfig": ("host", "http_port", "grpc_port", "replicas", "api_keys", "tls"),
+    "GatewayConfig": ("host", "http_port", "grpc_port", "ops_port", "replicas", "api_keys", "keys_file", "tls"),
+    "PoolConfig": ("device", "resources", "cores", "ops_port"),
 }
+#: Sections of joinwise.yaml that only the chart writes.
+ONLY_THE_CHARTS = ("PeerTlsConfig", "PoolConfig", "RedisTlsConfig", "Resources", "TlsConfig")
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,13 @@ def items(schema: Schema) -> Schema:
     return one("array", items=schema)
 
 
-TEXT, FILLED, FLAG = one("string"), one("string", minLength=1), one("boolean")
+TEXT, FILLED, FLAG, ANY = one("string"), one("string", minLength=1), one("boolean"), one("object")
 COUNT, PORT = one("integer", minimum=1, maximum=1000), one("integer", minimum=1, maximum=65535)
 TEXTS = one("object", additionalProperties=TEXT)
 PULL = one("string", enum=["Always", "IfNotPresent", "Never"])
 IMAGE = {"repository": FILLED, "tag": TEXT, "pullPolicy": PULL}
-SECRET = record(name=TEXT, key=FILLED)
+SECRET = {"name": TEXT, "key": FILLED}
+SIZE = one("string", pattern=r"^[0-9.]+([KMGTPE]i?|m)?$")
 QUANTITIES = one("object", additionalProperties=one("string", "number"))
 TOLERATION = record(
     key=TEXT,
@@ -74,23 +78,47 @@ TOLERATION = record(
     effect=one("string", enum=["NoSchedule", "PreferNoSchedule", "NoExecute"]),
     tolerationSeconds=one("integer"),
 )
-ENV = record(("name",), name=FILLED, value=TEXT, valueFrom=one("object"))
+SPREAD = record(
+    ("maxSkew", "topologyKey", "whenUnsatisfiable"),
+    maxSkew=COUNT,
+    minDomains=COUNT,
+    topologyKey=FILLED,
+    whenUnsatisfiable=one("string", enum=["DoNotSchedule", "ScheduleAnyway"]),
+    labelSelector=ANY,
+    matchLabelKeys=items(FILLED),
+    nodeAffinityPolicy=one("string", enum=["Honor", "Ignore"]),
+    nodeTaintsPolicy=one("string", enum=["Honor", "Ignore"]),
+)
+AFFINITY = record(nodeAffinity=ANY, podAffinity=ANY, podAntiAffinity=ANY)
+PEER = record(namespaceSelector=ANY, podSelector=ANY, ipBlock=ANY)
+PARENT = record(("name",), name=FILLED, namespace=FILLED, sectionName=FILLED, port=PORT, kind=FILLED, group=TEXT)
+ENV = record(("name",), name=FILLED, value=TEXT, valueFrom=ANY)
 RESOURCES = record(requests=QUANTITIES, limits=QUANTITIES)
-POD = {"resources": RESOURCES, "nodeSelector": TEXTS, "tolerations": items(TOLERATION)}
+POD = {
+    "resources": RESOURCES,
+    "nodeSelector": TEXTS,
+    "tolerations": items(TOLERATION),
+    "affinity": AFFINITY,
+    "priorityClassName": TEXT,
+}
+SERVED = {**POD, "topologySpread": items(SPREAD)}
+FOUND = record(enabled=FLAG, labels=TEXTS)
 
 
 def values_schema() -> Schema:
     """Types of values.yaml, with joinwise.yaml's schema under `config`; no descriptions of ours yet."""
     joinwise = json_schema()
     definitions = joinwise["$defs"]
-    pool = definitions.pop("PoolConfig")["properties"]
-    definitions.pop("Resources"), definitions.pop("TlsConfig")
     config = {key: joinwise[key] for key in ("type", "properties", "additionalProperties")}
     for name, keys in DECIDED.items():
         owner = definitions[name] if name else config
         owner["properties"] = {key: value for key, value in owner["properties"].items() if key not in keys}
     config["required"] = ["models"]
-    pool = {key: pool[key] for key in ("name", "model", "role", "replicas", "threads", "engine")}
+    pool = definitions["PoolConfig"]["properties"]
+    for name in ONLY_THE_CHARTS:
+        del definitions[name]
+    pool |= {"hosts": COUNT, "image": TEXT, "sharedMemory": {**SIZE, "pattern": rf"^$|{SIZE['pattern']}"}}
+    pool |= {"runtimeClassName": TEXT, **SERVED}
     root = record(
         **{"global": one("object")},
         image=record(**IMAGE, pullSecrets=items(FILLED)),
@@ -98,35 +126,79 @@ def values_schema() -> Schema:
         rayAuth=record(enabled=FLAG),
         upgradeStrategy=one("string", enum=["NewCluster", "None"]),
         config=config,
-        pools={**items(record(("name", "model", "role", "resources"), **pool, **POD)), "minItems": 1},
-        gateway=record(
-            replicas=COUNT,
-            **POD,
-            service=record(
-                type=one("string", enum=["ClusterIP", "NodePort", "LoadBalancer"]),
-                httpPort=PORT,
-                grpcPort=PORT,
-                annotations=TEXTS,
-            ),
-            apiKeysSecret=SECRET,
-        ),
+        pools={**items(record(("name", "model", "role", "resources"), **pool)), "minItems": 1},
+        gateway=_gateway(),
+        tls=record(secret=TEXT, serverName=FILLED),
         head=record(**POD),
-        redis=record(
-            bundled=record(
-                enabled=FLAG,
-                image=record(**IMAGE),
-                resources=RESOURCES,
-                persistence=record(enabled=FLAG, size=FILLED, storageClassName=TEXT),
-            ),
-            external=record(url=one("string", pattern=r"^(rediss?://[^@]+)?$"), existingSecret=SECRET),
+        redis=_redis(),
+        modelStorage=record(
+            existingClaim=TEXT,
+            claim=record(enabled=FLAG, size=SIZE, storageClassName=TEXT),
+            image=record(reference=TEXT, pullPolicy=PULL),
+            hubToken=record(**SECRET),
         ),
-        modelStorage=record(existingClaim=TEXT),
+        disruptionBudget=record(
+            enabled=FLAG,
+            maxUnavailable={"anyOf": [one("integer", minimum=0), one("string", pattern=r"^[0-9]+%$")]},
+        ),
+        networkPolicy=record(
+            enabled=FLAG,
+            clients=items(PEER),
+            monitoring=items(PEER),
+            operator=record(namespaceLabels=TEXTS),
+            egress=record(enabled=FLAG, allow=items(record(to=items(PEER), ports=items(ANY)))),
+        ),
+        monitoring=record(
+            serviceMonitor=record(enabled=FLAG, interval=one("string", pattern=r"^[0-9]+(ms|s|m)$"), labels=TEXTS),
+            rules=FOUND,
+            dashboards=FOUND,
+        ),
         env=items(ENV),
         serviceAccount=record(create=FLAG, name=TEXT, annotations=TEXTS),
-        podSecurityContext=one("object"),
-        securityContext=one("object"),
+        podSecurityContext=ANY,
+        securityContext=ANY,
     )
     return {"$schema": joinwise["$schema"], "title": "Values of the joinwise chart", **root, "$defs": definitions}
+
+
+def _gateway() -> Schema:
+    ports = {"httpPort": PORT, "grpcPort": PORT}
+    service = record(type=one("string", enum=["ClusterIP", "NodePort", "LoadBalancer"]), **ports, annotations=TEXTS)
+    return record(
+        replicas=COUNT,
+        autoscaling=record(
+            enabled=FLAG,
+            minReplicas=COUNT,
+            maxReplicas=COUNT,
+            targetRequests=one("integer", minimum=1),
+            downscaleDelaySeconds=one("integer", minimum=0),
+        ),
+        **SERVED,
+        service=service,
+        ingress=record(enabled=FLAG, className=TEXT, annotations=TEXTS, hosts=items(FILLED), tlsSecret=TEXT),
+        route=record(enabled=FLAG, parentRefs=items(PARENT), hostnames=items(FILLED), grpc=FLAG),
+        tls=record(secret=TEXT, clientCertificates=FLAG),
+        apiKeysSecret=record(**SECRET),
+        keysSecret=record(**SECRET, testKey=TEXT),
+    )
+
+
+def _redis() -> Schema:
+    secret = record(secret=TEXT)
+    return record(
+        bundled=record(
+            enabled=FLAG,
+            image=record(**IMAGE),
+            resources=RESOURCES,
+            persistence=record(enabled=FLAG, size=SIZE, storageClassName=TEXT),
+            tls=secret,
+        ),
+        external=record(
+            url=one("string", pattern=r"^(rediss?://[^@]+)?$"),
+            existingSecret=record(**SECRET),
+            tls=record(secret=TEXT, clientCertificate=FLAG),
+        ),
+    )
 
 
 def read_values() -> list[Value]:

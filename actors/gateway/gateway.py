@@ -33,6 +33,8 @@ from joinwise.actors.gateway.links import Links
 from joinwise.actors.gateway.tickets import TicketOffice
 from joinwise.actors.gateway.utilities import Utilities
 from joinwise.actors.models import resolve_model
+from joinwise.actors.ops import OpsServer
+from joinwise.actors.tls import Certificates, peers
 from joinwise.actors.vllm.build import gateway_config
 from joinwise.actors.vllm.core_client import ClusterCore
 from joinwise.actors.vllm.llm import ClusterLLM, cluster_llm
@@ -46,6 +48,8 @@ from joinwise.cluster.store.client import connect
 logger = logging.getLogger(__name__)
 
 _JOIN_POLL_S = 0.2
+_QUIET_S = 5.0  # without a request, while draining: load balancers need a moment to turn away
+_STUCK_S = 60.0
 _RUNNING = Gauge("joinwise:requests_running", "Requests that have not ended")
 
 
@@ -83,6 +87,13 @@ class Gateway:
         self._links: Links | None = None
         self._core: ClusterCore | None = None
         self._llm: ClusterLLM | None = None
+        tls = config.gateway.tls
+        self._certificates = Certificates.of_gateway(tls) if tls is not None else None
+        self._peers = peers(config.tls)
+        self._ops: OpsServer | None = None
+        self._served: frozenset[str] = frozenset()  # roles with a live worker
+        self._draining = False
+        self._beaten = time.monotonic()
 
     async def build(self) -> Any:
         """Make the ASGI application; waits for a worker, whose limits the front end takes over.
@@ -98,7 +109,13 @@ class Gateway:
             raise ConfigError(
                 f"workers serve {name!r} with other files (digest {worker.model_digest}) than this gateway's"
             )
-        self._links = Links(config.cluster, self.gateway_id, on_message=self._on_message, on_lost=self._on_lost)
+        self._links = Links(
+            config.cluster,
+            self.gateway_id,
+            on_message=self._on_message,
+            on_lost=self._on_lost,
+            certificates=self._peers,
+        )
         self._links.metadata = bearer(await self._registry.token())
         utilities = Utilities(self._registry, self._links, name)
         self._core = ClusterCore(
@@ -122,16 +139,17 @@ class Gateway:
         app.include_router(adapters.routes(admin=config.gateway.admin))
         self._service = InferenceService(app.state, status=self._status, ledger=self._ledger_of)
         _RUNNING.set_function(lambda: len(self.running()))
-        jobs = (self._renew(), self._expire(), adapters.follow(config.router.heartbeat_s))
+        jobs = (self._renew(), self._expire(), self._watch(), adapters.follow(config.router.heartbeat_s))
         self._jobs = [asyncio.create_task(job) for job in jobs]
         return Front(app, self._ledgers, max_body_bytes=config.gateway.max_body_bytes)
 
     async def start(self) -> Addresses:
         """Build, and open both listeners."""
+        gateway, tls = self._config.gateway, self._certificates
+        if gateway.ops_port is not None:
+            self._ops = self._open_ops(gateway.ops_port)
         app = await self.build()
-        gateway = self._config.gateway
         listener = _listen(gateway.host, gateway.http_port)
-        tls = gateway.tls
         self._http = _Listener(
             uvicorn.Config(
                 app,
@@ -139,9 +157,7 @@ class Gateway:
                 access_log=False,
                 lifespan="off",
                 timeout_keep_alive=75,
-                ssl_certfile=tls.cert if tls else None,
-                ssl_keyfile=tls.key if tls else None,
-                ssl_ca_certs=tls.ca if tls else None,
+                ssl_context_factory=(lambda *_: tls.server_context()) if tls is not None else None,
             )
         )
         self._http_task = asyncio.create_task(self._http.serve(sockets=[listener]))
@@ -152,16 +168,14 @@ class Gateway:
     async def start_grpc(self) -> str:
         """Open the gRPC listener alone; returns its address."""
         assert self._service is not None, "build() comes first"
-        gateway, tls = self._config.gateway, self._config.gateway.tls
+        gateway = self._config.gateway
         self._grpc = await serve_grpc(
             self._service,
             GrpcOptions(
                 host=gateway.host,
                 port=gateway.grpc_port,
                 max_body_bytes=gateway.max_body_bytes,
-                tls_certificate=tls.cert if tls else None,
-                tls_key=tls.key if tls else None,
-                tls_client_ca=tls.ca if tls else None,
+                certificates=self._certificates,
                 tokens=gateway.api_keys,
             ),
         )
@@ -185,7 +199,23 @@ class Gateway:
             self._llm.shutdown()
         if self._links is not None:
             await self._links.close()
+        if self._ops is not None:
+            await asyncio.to_thread(self._ops.close)
         await self._redis.aclose()
+
+    async def drain(self, drain_s: float) -> None:
+        """Say that this gateway should get no more requests, and return when none runs, or after `drain_s` seconds.
+
+        Both listeners stay open: whoever still sends here, while load balancers learn of it, is still served.
+        """
+        self._draining = True
+        if self._grpc is not None:
+            await self._grpc.set_serving(False)
+        quiet_since, deadline = time.monotonic(), time.monotonic() + drain_s
+        while time.monotonic() < min(deadline, quiet_since + _QUIET_S):
+            if self.running():
+                quiet_since = time.monotonic()
+            await asyncio.sleep(_JOIN_POLL_S)
 
     def running(self) -> list[str]:
         """Ids of requests that have not ended, for `assert_idle`."""
@@ -256,6 +286,43 @@ class Gateway:
             await asyncio.sleep(self._config.router.heartbeat_s)
             with contextlib.suppress(JoinwiseError):
                 await self._router.expire()
+
+    async def _watch(self) -> None:
+        """Remember which roles have a live worker; a Redis that does not answer changes nothing."""
+        while True:
+            self._beaten = time.monotonic()
+            with contextlib.suppress(JoinwiseError):
+                workers = await self._registry.list()
+                self._served = frozenset(each.role for each in workers if each.model == self._model.public_name)
+            await asyncio.sleep(self._config.router.heartbeat_s)
+
+    def _open_ops(self, port: int) -> OpsServer:
+        gateway, loop = self._config.gateway, asyncio.get_running_loop()
+
+        def drain() -> None:
+            patience = gateway.drain_s
+            asyncio.run_coroutine_threadsafe(self.drain(patience), loop).result(patience + 10)
+
+        try:
+            tls = self._peers.server_context(clients=False) if self._peers else None
+            return OpsServer(gateway.host, port, live=self._sick, ready=self._unready, drain=drain, tls=tls)
+        except OSError as error:
+            raise ConfigError(f"gateway.ops_port: cannot listen on {gateway.host}:{port}: {error.strerror}") from error
+
+    def _sick(self) -> str:
+        """Why this process should be restarted; asked by threads. Nothing of it waits for the event loop."""
+        if self._http is not None and (silent := time.monotonic() - self._beaten) > _STUCK_S:
+            return f"the event loop has not run for {silent:.0f} s"
+        return ""
+
+    def _unready(self) -> str:
+        if self._draining:
+            return "it drains"
+        if self._http is None or not self._http.started:
+            return "it has not started yet"
+        if "mixed" in self._served or self._served >= {"prefill", "decode"}:
+            return self._sick()
+        return f"no worker for every role is registered, only: {', '.join(sorted(self._served)) or 'none'}"
 
     async def _ledger_of(self, request_id: str) -> bytes | None:
         kept = [ledger.to_json() for ledger in self._ledgers.of_call(request_id)]

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from joinwise.actors.auth import AsyncBearer
+from joinwise.actors.tls import Certificates
 from joinwise.cluster.errors import ConfigError
 from joinwise.proto import inference_pb2, inference_pb2_grpc
 
@@ -34,10 +34,8 @@ class GrpcOptions:
     """Most calls at a time; None for no limit."""
     keepalive_s: float = 60.0
     """Idle connections are probed this often; clients may not probe more often than every 10 s."""
-    tls_certificate: Path | str | None = None
-    tls_key: Path | str | None = None
-    tls_client_ca: Path | str | None = None
-    """With it, clients must show a certificate that this authority signed."""
+    certificates: Certificates | None = None
+    """Speak TLS; with an authority, clients must show a certificate that it signed."""
     tokens: Sequence[str] = field(default=(), repr=False)
     """API keys; with any, every call but health needs `authorization: Bearer <key>`."""
 
@@ -72,7 +70,7 @@ async def serve_grpc(
     """Start the listener in the running event loop.
 
     Raises:
-        ConfigError: the port is taken, or the TLS files cannot be read.
+        ConfigError: the port is taken.
     """
     options = options or GrpcOptions()
     interceptors = (AsyncBearer(options.tokens),) if options.tokens else ()
@@ -94,29 +92,13 @@ async def serve_grpc(
     host = f"[{options.host}]" if ":" in options.host else options.host
     address = f"{host}:{options.port}"
     try:
-        credentials = _credentials(options)
-        if credentials is None:
+        if options.certificates is None:
             port = server.add_insecure_port(address)
         else:
-            port = server.add_secure_port(address, credentials)
+            port = server.add_secure_port(address, options.certificates.grpc_server())
     except RuntimeError as e:
         raise ConfigError(f"the gRPC listener cannot bind {address}: is another cluster running? ({e})") from None
-    except OSError as e:
-        raise ConfigError(f"the TLS files of the gRPC listener cannot be read: {e}") from None
     await server.start()
     running = GrpcServer(server, health_servicer, port)
     await running.set_serving(True)
     return running
-
-
-def _credentials(options: GrpcOptions) -> grpc.ServerCredentials | None:
-    if options.tls_certificate is None and options.tls_key is None:
-        return None
-    if options.tls_certificate is None or options.tls_key is None:
-        raise ConfigError("TLS needs both a certificate and a key")
-    authority = None if options.tls_client_ca is None else Path(options.tls_client_ca).read_bytes()
-    return grpc.ssl_server_credentials(
-        [(Path(options.tls_key).read_bytes(), Path(options.tls_certificate).read_bytes())],
-        root_certificates=authority,
-        require_client_auth=authority is not None,
-    )

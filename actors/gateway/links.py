@@ -14,6 +14,7 @@ import grpc
 import vllm
 
 from joinwise.actors.engine_service import PROTOCOL_VERSION
+from joinwise.actors.tls import Certificates
 from joinwise.cluster.errors import WorkerLostError
 from joinwise.cluster.router.router import WorkerRef
 from joinwise.proto import engine_pb2, engine_pb2_grpc
@@ -107,6 +108,7 @@ class Links:
         gateway_id: this gateway process.
         on_message: called with every message of a worker.
         on_lost: called once when a link has broken, with the reason.
+        certificates: the cluster's own, where its processes speak TLS.
     """
 
     def __init__(
@@ -116,13 +118,13 @@ class Links:
         *,
         on_message: Callable[[WorkerRef, engine_pb2.AttachResponse], None],
         on_lost: Callable[[WorkerRef, str], Awaitable[None]],
-        credentials: grpc.ChannelCredentials | None = None,
+        certificates: Certificates | None = None,
     ) -> None:
         self._cluster = cluster
         self._gateway_id = gateway_id
         self._on_message = on_message
         self._on_lost = on_lost
-        self._credentials = credentials
+        self._certificates = certificates
         self.metadata: Metadata = ()
         """Shown with every call: the cluster's token, where there is one."""
         self._links: dict[tuple[str, int], Link] = {}
@@ -167,9 +169,10 @@ class Links:
 
     def channel(self, address: str) -> grpc.aio.Channel:
         """A channel to a worker, for single calls; the caller closes it."""
-        if self._credentials is None:
+        if self._certificates is None:
             return grpc.aio.insecure_channel(address, _CHANNEL_OPTIONS)
-        return grpc.aio.secure_channel(address, self._credentials, _CHANNEL_OPTIONS)
+        options = [*_CHANNEL_OPTIONS, *self._certificates.channel_options]
+        return grpc.aio.secure_channel(address, self._certificates.grpc_channel(), options)
 
     async def close(self) -> None:
         """End all streams."""

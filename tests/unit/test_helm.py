@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -13,118 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import helm_python
-import jsonschema
-import kubernetes_validate
 import pytest
 import yaml
+from helpers.chart import CHART, ROOT, Rendered, defaults, first_pool, validate, validate_rayservice
+from helpers.chart_values import NO_REDIS, SETTINGS, VARIANTS, gpu_pools
 
-from joinwise.cluster.config import JoinwiseConfig, load_config
 from joinwise.cluster.errors import ConfigError
-
-ROOT = Path(__file__).parents[2]
-CHART = ROOT / "helm" / "joinwise"
-KUBERNETES = "1.33"
-RAY_SCHEMA = Path(
-    os.environ.get("KUBERAY_SCHEMA") or ROOT.parent / "shared" / "data" / "kuberay" / "rayservice.v1.schema.json"
-)
-NO_REDIS = {"redis": {"bundled": {"enabled": False}}}
-EXTERNAL = {"redis": {"bundled": {"enabled": False}, "external": {"url": "rediss://cache.example:6380/2"}}}
-EXTERNAL_SECRET = {
-    "redis": {"bundled": {"enabled": False}, "external": {"existingSecret": {"name": "cache", "key": "dsn"}}}
-}
-PERSISTENT = {"redis": {"bundled": {"persistence": {"enabled": True, "size": "3Gi", "storageClassName": "fast"}}}}
-API_KEYS = {"gateway": {"apiKeysSecret": {"name": "tokens", "key": "keys"}}}
-MODELS = {"modelStorage": {"existingClaim": "models"}}
-NO_ACCOUNT = {"serviceAccount": {"create": False}}
-SETTINGS = {
-    "image": {"repository": "registry.example/joinwise", "tag": "v9", "pullSecrets": ["pull"]},
-    "env": [{"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hub", "key": "token"}}}],
-    "gateway": {"replicas": 3, "service": {"type": "LoadBalancer", "httpPort": 80, "annotations": {"a": "b"}}},
-    "head": {"nodeSelector": {"zone": "a"}},
-    "config": {
-        "kv": {"landing_bytes": 1 << 30, "frame_bytes": 1 << 18},
-        "redis": {"retries": 0},
-        "gateway": {"drain_s": 5},
-        "router": {"max_queue": 0},
-    },
-}
-
-
-def gpu_pools() -> dict[str, Any]:
-    """A pool on two GPUs of chosen nodes beside a CPU pool with half a core."""
-    values = defaults()
-    values["pools"][0] |= {
-        "replicas": 2,
-        "engine": {"tensor_parallel_size": 2},
-        "resources": {"limits": {"cpu": 8, "memory": "64Gi", "nvidia.com/gpu": 2}},
-        "nodeSelector": {"nvidia.com/gpu.product": "H100"},
-        "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
-    }
-    values["pools"][1]["resources"] = {"requests": {"cpu": "500m"}, "limits": {"cpu": "3500m"}}
-    return {"pools": values["pools"]}
-
-
-def defaults() -> dict[str, Any]:
-    return yaml.safe_load((CHART / "values.yaml").read_text(encoding="utf-8"))
-
-
-VARIANTS = {
-    "default": {},
-    "external Redis": EXTERNAL,
-    "external Redis from a secret": EXTERNAL_SECRET,
-    "persistent Redis": PERSISTENT,
-    "API keys": API_KEYS,
-    "model storage": MODELS,
-    "no service account": NO_ACCOUNT,
-    "GPU pools": gpu_pools(),
-    "settings": SETTINGS,
-}
-
-
-class Rendered:
-    """Manifests of one rendering, by kind and name."""
-
-    def __init__(self, values: dict[str, Any] | None = None) -> None:
-        chart = helm_python.Chart.load(CHART)
-        chart.validate_schema(copy.deepcopy(values or {}))
-        files = chart.render(copy.deepcopy(values or {}), name="demo", namespace="ml")
-        self.notes = next(text for path, text in files.items() if path.endswith("NOTES.txt"))
-        texts = [text for path, text in files.items() if not path.endswith("NOTES.txt")]
-        self.all = [item for text in texts for item in yaml.safe_load_all(text) if item]
-        self._named = {(item["kind"], item["metadata"]["name"]): item for item in self.all}
-
-    def __call__(self, kind: str, name: str = "demo-joinwise") -> dict[str, Any]:
-        return self._named[kind, name]
-
-    def has(self, kind: str, name: str = "demo-joinwise") -> bool:
-        return (kind, name) in self._named
-
-    @property
-    def groups(self) -> dict[str, dict[str, Any]]:
-        """Worker groups of the Ray cluster."""
-        ray = self("RayService")["spec"]["rayClusterConfig"]
-        return {group["groupName"]: group for group in ray["workerGroupSpecs"]}
-
-    @property
-    def templates(self) -> dict[str, dict[str, Any]]:
-        """Pod templates of everything that runs."""
-        found = {name: group["template"] for name, group in self.groups.items()}
-        found["head"] = self("RayService")["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]
-        if self.has("StatefulSet", "demo-joinwise-redis"):
-            found["redis"] = self("StatefulSet", "demo-joinwise-redis")["spec"]["template"]
-        test = self("Pod", "demo-joinwise-test")
-        return found | {"test": {"metadata": test["metadata"], "spec": test["spec"]}}
-
-    def env(self, template: str = "prefill") -> dict[str, Any]:
-        """Environment of a template's container: values, or where they come from."""
-        entries = self.templates[template]["spec"]["containers"][0]["env"]
-        return {entry["name"]: entry.get("value", entry.get("valueFrom")) for entry in entries}
-
-    def config(self, folder: Path, **env: str) -> JoinwiseConfig:
-        """The rendered joinwise.yaml, read as a pod reads it."""
-        path = folder / "joinwise.yaml"
-        path.write_text(self("ConfigMap")["data"]["joinwise.yaml"], encoding="utf-8")
-        return load_config(path, env)
 
 
 @pytest.fixture(params=VARIANTS, scope="module")
@@ -141,6 +34,12 @@ def test_lint_finds_nothing(variant: str) -> None:
     assert (report["messages"], report["errors"]) == ([], [])
 
 
+def test_package_is_built(tmp_path: Path) -> None:
+    archive = Path(helm_python.package(CHART, destination=tmp_path))
+    chart = helm_python.Chart.load(archive)
+    assert chart.render({}, name="demo", namespace="ml").keys() >= {"joinwise/templates/rayservice.yaml"}
+
+
 def test_generated_files_are_current() -> None:
     subprocess.run([sys.executable, ROOT / "scripts" / "gen_helm.py", "--check"], check=True)
 
@@ -152,26 +51,22 @@ def test_chart_has_the_package_version() -> None:
     assert f"ray[default,serve]=={defaults()['rayVersion']}" in project
 
 
-def test_core_manifests_are_valid(rendered: Rendered) -> None:
-    for manifest in rendered.all:
-        if manifest["kind"] != "RayService":
-            kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
-    for name, template in rendered.templates.items():
-        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": template["spec"]}
-        kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+def test_manifests_are_valid(rendered: Rendered) -> None:
+    validate(rendered)
 
 
 def test_rayservice_is_valid(rendered: Rendered) -> None:
-    if not RAY_SCHEMA.exists():
-        pytest.skip(f"no RayService schema at {RAY_SCHEMA}; set KUBERAY_SCHEMA")
-    schema = json.loads(RAY_SCHEMA.read_text(encoding="utf-8"))
-    jsonschema.Draft202012Validator(schema).validate(rendered("RayService"))
+    validate_rayservice(rendered)
 
 
 def test_serve_config_is_valid(rendered: Rendered) -> None:
     schema = importlib.import_module("ray.serve.schema")
     text = rendered("RayService")["spec"]["serveConfigV2"]
     config = schema.ServeDeploySchema.model_validate(yaml.safe_load(text))
+    for deployment in config.applications[0].deployments:
+        if isinstance(scaling := deployment.autoscaling_config, dict):
+            module, function = scaling["policy"]["policy_function"].split(":")
+            assert callable(getattr(importlib.import_module(module), function))
     assert [app.import_path for app in config.applications] == ["joinwise.actors.serve:app"]
 
 
@@ -180,11 +75,13 @@ def test_pods_are_confined(rendered: Rendered) -> None:
     for name, template in rendered.templates.items():
         spec = template["spec"]
         assert spec["securityContext"]["runAsNonRoot"], name
-        assert (spec["automountServiceAccountToken"], spec["enableServiceLinks"]) == (False, False), name
+        scales = name == "head" and rendered("RayService")["spec"]["rayClusterConfig"].get("enableInTreeAutoscaling")
+        assert (spec["automountServiceAccountToken"], spec["enableServiceLinks"]) == (bool(scales), False), name
         for container in spec["containers"]:
             context = container["securityContext"]
             assert (context["allowPrivilegeEscalation"], context["privileged"]) == (False, False), name
             assert context["capabilities"]["drop"] == ["ALL"], name
+            assert context["readOnlyRootFilesystem"], name
             assert container["resources"]["limits"], name
 
 
@@ -205,12 +102,13 @@ def test_service_links_would_stop_a_pod(tmp_path: Path) -> None:
 # Pools and the gateway.
 
 
-def test_a_pod_holds_one_worker_of_its_pool(rendered: Rendered, tmp_path: Path) -> None:
+def test_a_pod_holds_one_worker_of_itsfirst_pool(rendered: Rendered, tmp_path: Path) -> None:
     for pool in rendered.config(tmp_path).pools:
         group = rendered.groups[pool.name]
         (offered,) = shlex.split(group["rayStartParams"]["resources"])
         assert json.loads(offered) == pool.resources.custom == {f"joinwise_pool_{pool.name}": 1}
         assert group["replicas"] == group["minReplicas"] == group["maxReplicas"] == pool.replicas
+        assert pool.ops_port == 9400
         assert (group["rayStartParams"]["num-cpus"], pool.resources.num_cpus) == ("0", 0)
 
 
@@ -219,7 +117,7 @@ def test_cpu_pools_by_default(tmp_path: Path) -> None:
     assert [(pool.role, pool.device, pool.threads) for pool in pools] == [("prefill", "cpu", 2), ("decode", "cpu", 2)]
 
 
-def test_gpu_pool(tmp_path: Path) -> None:
+def test_gpufirst_pool(tmp_path: Path) -> None:
     rendered = Rendered(gpu_pools())
     prefill, decode = rendered.config(tmp_path).pools
     assert (prefill.device, prefill.resources.num_gpus, prefill.threads) == ("gpu", 2, 8)
@@ -233,9 +131,7 @@ def test_gpu_pool(tmp_path: Path) -> None:
 
 def test_gateway_replicas_have_pods_of_their_own() -> None:
     rendered = Rendered(SETTINGS)
-    group = rendered.groups["gateway"]
-    serve = yaml.safe_load(rendered("RayService")["spec"]["serveConfigV2"])
-    (deployment,) = serve["applications"][0]["deployments"]
+    group, deployment = rendered.groups["gateway"], rendered.serve
     assert group["replicas"] == deployment["num_replicas"] == 3
     (offered,) = shlex.split(group["rayStartParams"]["resources"])
     assert json.loads(offered) == deployment["ray_actor_options"]["resources"]
@@ -253,18 +149,7 @@ def test_gateway_service_reaches_gateways_only() -> None:
     assert service["type"] == "LoadBalancer"
     assert {port["name"]: port["port"] for port in service["ports"]} == {"http": 80, "grpc": 8001}
     ports = {port["name"] for port in rendered.templates["gateway"]["spec"]["containers"][0]["ports"]}
-    assert ports == {port["targetPort"] for port in service["ports"]}
-
-
-def test_probes_ask_what_they_guard() -> None:
-    for name, template in Rendered().templates.items():
-        container = template["spec"]["containers"][0]
-        if name == "test":
-            continue
-        assert container["livenessProbe"], name
-        if name != "redis":
-            path = "/health" if name == "gateway" else "/api/healthz"
-            assert container["readinessProbe"]["httpGet"]["path"] == path, name
+    assert ports == {port["targetPort"] for port in service["ports"]} | {"ops"}
 
 
 def test_settings_arrive(tmp_path: Path) -> None:
@@ -286,109 +171,7 @@ def test_a_changed_config_changes_the_pods() -> None:
     assert mark({}) == mark({}) != mark({"config": {"log": {"level": "debug"}}})
 
 
-# Toggles: on and off.
-
-
-def test_bundled_redis_on(tmp_path: Path) -> None:
-    rendered = Rendered()
-    assert rendered.has("StatefulSet", "demo-joinwise-redis")
-    assert rendered.has("Service", "demo-joinwise-redis")
-    assert rendered.config(tmp_path).redis.url == "redis://demo-joinwise-redis:6379"
-    secret = rendered("Secret", "demo-joinwise-redis")["stringData"]
-    assert len(secret["password"]) == 32
-    assert rendered.env()["JOINWISE_REDIS_PASSWORD"]["secretKeyRef"]["name"] == "demo-joinwise-redis"
-    assert secret["password"] != Rendered()("Secret", "demo-joinwise-redis")["stringData"]["password"]
-
-
-@pytest.mark.parametrize("values", [EXTERNAL, EXTERNAL_SECRET])
-def test_bundled_redis_off(values: dict[str, Any]) -> None:
-    rendered = Rendered(values)
-    assert not {manifest["kind"] for manifest in rendered.all} & {"StatefulSet", "Secret"}
-    assert "JOINWISE_REDIS_PASSWORD" not in rendered.env()
-
-
-def test_external_redis_url(tmp_path: Path) -> None:
-    rendered = Rendered(EXTERNAL)
-    assert rendered.config(tmp_path).redis.url == "rediss://cache.example:6380/2"
-    assert "JOINWISE_REDIS__URL" not in rendered.env()
-
-
-def test_external_redis_from_a_secret(tmp_path: Path) -> None:
-    rendered = Rendered(EXTERNAL_SECRET)
-    assert rendered.env()["JOINWISE_REDIS__URL"] == {"secretKeyRef": {"name": "cache", "key": "dsn"}}
-    config = rendered.config(tmp_path, JOINWISE_REDIS__URL="redis://:secret@cache:6379")
-    assert config.redis.url == "redis://:secret@cache:6379"
-
-
-def test_persistence_on() -> None:
-    rendered = Rendered(PERSISTENT)
-    spec = rendered("StatefulSet", "demo-joinwise-redis")["spec"]
-    claim = spec["volumeClaimTemplates"][0]["spec"]
-    assert (claim["resources"]["requests"]["storage"], claim["storageClassName"]) == ("3Gi", "fast")
-    assert [volume["name"] for volume in spec["template"]["spec"]["volumes"]] == ["config"]
-    assert "appendonly yes" in rendered("Secret", "demo-joinwise-redis")["stringData"]["redis.conf"]
-
-
-def test_persistence_off() -> None:
-    rendered = Rendered()
-    spec = rendered("StatefulSet", "demo-joinwise-redis")["spec"]
-    assert "volumeClaimTemplates" not in spec
-    assert {"name": "data", "emptyDir": {}} in spec["template"]["spec"]["volumes"]
-    assert "appendonly no" in rendered("Secret", "demo-joinwise-redis")["stringData"]["redis.conf"]
-
-
-def test_api_keys_on(tmp_path: Path) -> None:
-    rendered = Rendered(API_KEYS)
-    source = {"secretKeyRef": {"name": "tokens", "key": "keys"}}
-    assert rendered.env("gateway")["JOINWISE_GATEWAY__API_KEYS"] == rendered.env("test")["API_KEYS"] == source
-    config = rendered.config(tmp_path, JOINWISE_GATEWAY__API_KEYS='["one", "two"]')
-    assert config.gateway.api_keys == ["one", "two"]
-    assert "Everyone" not in rendered.notes
-
-
-def test_api_keys_off() -> None:
-    rendered = Rendered()
-    assert "JOINWISE_GATEWAY__API_KEYS" not in rendered.env("gateway")
-    assert "API_KEYS" not in rendered.env("test")
-    assert "Everyone who reaches the Service may use it" in rendered.notes
-
-
-@pytest.mark.parametrize(
-    ("values", "source"),
-    [(MODELS, {"persistentVolumeClaim": {"claimName": "models"}}), ({}, {"emptyDir": {}})],
-    ids=["on", "off"],
-)
-def test_model_storage(values: dict[str, Any], source: dict[str, Any]) -> None:
-    for name, template in Rendered(values).templates.items():
-        if name not in ("redis", "test"):
-            assert {"name": "models", **source} in template["spec"]["volumes"], name
-
-
-@pytest.mark.parametrize(("values", "account"), [({}, "demo-joinwise"), (NO_ACCOUNT, "default")], ids=["on", "off"])
-def test_service_account(values: dict[str, Any], account: str) -> None:
-    rendered = Rendered(values)
-    assert rendered.has("ServiceAccount") == (values == {})
-    assert {template["spec"]["serviceAccountName"] for template in rendered.templates.values()} == {account}
-
-
-@pytest.mark.parametrize(("enabled", "mode"), [(True, "token"), (False, "disabled")], ids=["on", "off"])
-def test_ray_auth(enabled: bool, mode: str) -> None:
-    ray = Rendered({"rayAuth": {"enabled": enabled}})("RayService")["spec"]["rayClusterConfig"]
-    assert ray["authOptions"] == {"mode": mode}
-
-
-@pytest.mark.parametrize("strategy", ["NewCluster", "None"])
-def test_upgrade_strategy(strategy: str) -> None:
-    assert Rendered({"upgradeStrategy": strategy})("RayService")["spec"]["upgradeStrategy"] == {"type": strategy}
-
-
 # Values that are wrong.
-
-
-def _pool(**changes: Any) -> dict[str, Any]:
-    values = defaults()
-    values["pools"][0] |= changes
-    return {"pools": values["pools"]}
 
 
 @pytest.mark.parametrize(
@@ -411,13 +194,26 @@ def _pool(**changes: Any) -> dict[str, Any]:
         ({"config": {"redis": {"url": "embedded"}}}, "url"),
         ({"config": {"models": []}}, "models"),
         ({"pools": []}, "pools"),
-        (_pool(role="verify"), "role"),
-        (_pool(name="Prefill"), "name"),
-        (_pool(replicas=-1), "replicas"),
-        (_pool(cores=[0]), "cores"),
-        (_pool(engine="fast"), "engine"),
-        (_pool(resources={"limit": {}}), "limit"),
-        (_pool(tolerations=[{"effect": "Never"}]), "effect"),
+        (first_pool(role="verify"), "role"),
+        (first_pool(name="Prefill"), "name"),
+        (first_pool(replicas=-1), "replicas"),
+        (first_pool(cores=[0]), "cores"),
+        (first_pool(engine="fast"), "engine"),
+        (first_pool(resources={"limit": {}}), "limit"),
+        (first_pool(tolerations=[{"effect": "Never"}]), "effect"),
+        (first_pool(hosts=0), "hosts"),
+        (first_pool(sharedMemory="much"), "sharedMemory"),
+        (first_pool(topologySpread=[{"maxSkew": 1}]), "topologyKey"),
+        (first_pool(ops_port=1), "ops_port"),
+        ({"config": {"gateway": {"keys_file": "/x"}}}, "keys_file"),
+        ({"config": {"tls": {"cert": "/x"}}}, "tls"),
+        ({"config": {"gateway": {"jwt": {"algorithms": ["HS256"]}}}}, "algorithms"),
+        ({"gateway": {"autoscaling": {"enabled": "on"}}}, "enabled"),
+        ({"gateway": {"route": {"parentRefs": [{}]}}}, "name"),
+        ({"networkPolicy": {"clients": [{"cidr": "10.0.0.0/8"}]}}, "cidr"),
+        ({"disruptionBudget": {"maxUnavailable": "half"}}, "maxUnavailable"),
+        ({"monitoring": {"serviceMonitor": {"interval": "often"}}}, "interval"),
+        ({"modelStorage": {"claim": {"size": "big"}}}, "size"),
     ],
 )
 def test_bad_values_are_refused_by_the_schema(values: dict[str, Any], word: str) -> None:
@@ -430,8 +226,28 @@ def test_bad_values_are_refused_by_the_schema(values: dict[str, Any], word: str)
     [
         (NO_REDIS, "redis: none is set"),
         ({"redis": {"external": {"url": "redis://host"}}}, "redis: both bundled and external are set"),
-        (_pool(name="decode"), "the name 'decode' is taken"),
-        (_pool(name="gateway"), "the name 'gateway' is taken"),
+        (first_pool(name="decode"), "the name 'decode' is taken"),
+        (first_pool(name="gateway"), "the name 'gateway' is taken"),
+        (first_pool(model="other"), "'prefill' names the model 'other'"),
+        (first_pool(role="decode"), "needs workers for prefill and for decode, or mixed ones; it has: decode, decode"),
+        (first_pool(replicas=0), "it has: decode"),
+        ({"gateway": {"autoscaling": {"enabled": True, "minReplicas": 9}}}, "minReplicas .9. is more than maxReplicas"),
+        ({"gateway": {"tls": {"clientCertificates": True}}}, "clientCertificates needs gateway.tls.secret"),
+        ({"gateway": {"route": {"enabled": True}}}, "no parentRefs"),
+        ({"modelStorage": {"existingClaim": "a", "claim": {"enabled": True}}}, "both existingClaim and claim.enabled"),
+        (
+            {"redis": {"bundled": {"enabled": False}, "external": {"url": "redis://h", "tls": {"secret": "s"}}}},
+            "write rediss://",
+        ),
+        (
+            {
+                "redis": {
+                    "bundled": {"enabled": False},
+                    "external": {"url": "rediss://h", "tls": {"clientCertificate": True}},
+                }
+            },
+            "clientCertificate needs redis.external.tls.secret",
+        ),
     ],
 )
 def test_contradictions_are_refused(values: dict[str, Any], sentence: str) -> None:

@@ -28,7 +28,6 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 joinwise refuses JOINWISE_ variables that it does not know. */}}
 {{- define "joinwise.pod" -}}
 serviceAccountName: {{ include "joinwise.serviceAccount" . }}
-automountServiceAccountToken: false
 enableServiceLinks: false
 securityContext: {{- toYaml .Values.podSecurityContext | nindent 2 }}
 {{- with .Values.image.pullSecrets }}
@@ -60,26 +59,28 @@ imagePullSecrets:
 
 {{- define "joinwise.redis.url" -}}
 {{- if .Values.redis.bundled.enabled -}}
-redis://{{ include "joinwise.fullname" . }}-redis:6379
+{{ .Values.redis.bundled.tls.secret | empty | not | ternary "rediss" "redis" }}://{{ include "joinwise.fullname" . }}-redis:6379
 {{- else -}}
 {{ .Values.redis.external.url }}
 {{- end -}}
 {{- end -}}
 
-{{/* Refuses what the schema cannot: parts that contradict each other. */}}
-{{- define "joinwise.check" -}}
-{{- $external := or .Values.redis.external.url .Values.redis.external.existingSecret.name -}}
-{{- if and .Values.redis.bundled.enabled $external -}}
-{{- fail "redis: both bundled and external are set; set redis.bundled.enabled=false to use the external one" -}}
+{{/* Secret with the authority of Redis' certificate, if any. */}}
+{{- define "joinwise.redis.tls" -}}
+{{- .Values.redis.bundled.enabled | ternary .Values.redis.bundled.tls.secret .Values.redis.external.tls.secret -}}
 {{- end -}}
-{{- if not (or .Values.redis.bundled.enabled $external) -}}
-{{- fail "redis: none is set; enable redis.bundled, or set redis.external.url or redis.external.existingSecret.name" -}}
+
+{{/* Claim that holds models, if any. */}}
+{{- define "joinwise.claim" -}}
+{{- .Values.modelStorage.existingClaim | default (.Values.modelStorage.claim.enabled | ternary (printf "%s-models" (include "joinwise.fullname" .)) "") -}}
 {{- end -}}
-{{- $seen := list "gateway" "headgroup" -}}
-{{- range .Values.pools -}}
-{{- if has .name $seen -}}
-{{- fail (printf "pools: the name '%s' is taken; give each pool its own (not gateway, not headgroup)" .name) -}}
+
+{{/* Topology spread constraints; takes list and labels (text), which those without a labelSelector count. */}}
+{{- define "joinwise.spread" -}}
+{{- $labels := .labels | fromYaml -}}
+{{- $all := list -}}
+{{- range .list -}}
+{{- $all = append $all (merge (deepCopy .) (dict "labelSelector" (dict "matchLabels" $labels))) -}}
 {{- end -}}
-{{- $seen = append $seen .name -}}
-{{- end -}}
+{{- toYaml $all -}}
 {{- end -}}
