@@ -1,0 +1,198 @@
+"""The `shm` kind: payloads go through a ring of slots in memory that both ends map; the socket carries headers.
+
+The receiver makes the ring, as a sealed memfd: it has no name that could be left behind, and neither end
+can shorten it under the other's feet. The sender opens it as `/proc/<pid>/fd/<n>` and looks for a random
+nonce in it, so that it finds out by itself whether both are on one host, in one pid namespace and of one user.
+
+Slots are used in turn, one for each payload. The receiver gives a slot back with one byte on the socket;
+a sender without free slots waits for one.
+"""
+
+import fcntl
+import hmac
+import mmap
+import os
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from joinwise.actors.kv.lanes.lane import LaneClosedError, LaneOptions, LaneRefusedError
+from joinwise.actors.kv.lanes.tcp import TcpReceive, TcpSend, size_of
+from joinwise.actors.kv.lanes.wire import GarbageError, Wire
+
+_NAME = "joinwise-lane"
+_NONCE_BYTES = 16
+_SLOTS_AT = mmap.PAGESIZE
+"""Where the slots begin; the nonce is at the beginning of the page before."""
+_MAX_SLOTS = 1024
+_MAX_RING_BYTES = 1 << 30
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_CREDIT = b"\x01"
+
+
+class Ring:
+    """Memory that both ends map.
+
+    Args:
+        descriptor: of the memfd; stays the caller's.
+        slots: payloads that fit.
+        slot_bytes: bytes of each.
+    """
+
+    def __init__(self, descriptor: int, slots: int, slot_bytes: int) -> None:
+        self.slots, self.slot_bytes = slots, slot_bytes
+        flags = mmap.MAP_SHARED | mmap.MAP_POPULATE  # no page faults while payloads travel
+        self._bytes = np.frombuffer(mmap.mmap(descriptor, _SLOTS_AT + slots * slot_bytes, flags), np.uint8)
+        self._next = 0
+
+    @property
+    def nonce(self) -> bytes:
+        """What stands at its beginning."""
+        return self._bytes[:_NONCE_BYTES].tobytes()
+
+    @nonce.setter
+    def nonce(self, value: bytes) -> None:
+        self._bytes[:_NONCE_BYTES] = np.frombuffer(value, np.uint8)
+
+    def put(self, pieces: Sequence[memoryview]) -> None:
+        """Copy a payload to the next slot."""
+        offset = self._turn()
+        for piece in pieces:
+            self._bytes[offset : offset + piece.nbytes] = np.frombuffer(piece, np.uint8)
+            offset += piece.nbytes
+
+    def take(self, into: Sequence[memoryview]) -> None:
+        """Copy the payload of the next slot to these views."""
+        offset = self._turn()
+        for piece in into:
+            np.frombuffer(piece, np.uint8)[:] = self._bytes[offset : offset + piece.nbytes]
+            offset += piece.nbytes
+
+    def check(self, size: int) -> None:
+        """Raises ValueError: a payload of this size does not fit in a slot."""
+        if size > self.slot_bytes:
+            raise ValueError(f"a payload of {size} bytes, a slot of this lane has {self.slot_bytes}")
+
+    def _turn(self) -> int:
+        slot, self._next = self._next, (self._next + 1) % self.slots
+        return _SLOTS_AT + slot * self.slot_bytes
+
+
+class ShmSend(TcpSend):
+    """The sender's end."""
+
+    kind = "shm"
+
+    def __init__(self, wire: Wire, ring: Ring) -> None:
+        super().__init__(wire)
+        self._ring = ring
+        self._free = ring.slots
+
+    def send(self, header: bytes, payload: Sequence[memoryview]) -> None:
+        """See `SendLane`; ValueError for a payload that is larger than a slot."""
+        size = size_of(payload)
+        self._ring.check(size)
+        if size:
+            if not self._free and not self._expected(self.wire.receive_some(self._ring.slots)):
+                raise LaneClosedError("the peer has given back slots that it did not have")
+            self._ring.put([piece for piece in payload if piece.nbytes])
+            self._free -= 1
+        self.wire.send([header])
+        self.payload_bytes += size
+
+    def _expected(self, data: bytes) -> bool:
+        self._free += len(data)
+        return self._free <= self._ring.slots
+
+
+class ShmReceive(TcpReceive):
+    """The receiver's end."""
+
+    kind = "shm"
+
+    def __init__(self, wire: Wire, ring: Ring) -> None:
+        super().__init__(wire)
+        self._ring = ring
+
+    def receive(self, into: Sequence[memoryview]) -> None:
+        """See `ReceiveLane`; ValueError for a payload that is larger than a slot."""
+        size = size_of(into)
+        self._ring.check(size)
+        if size:
+            if self.wire.interrupted:
+                raise LaneClosedError("the lane was interrupted")
+            self._ring.take([piece for piece in into if piece.nbytes])
+            self.wire.send([_CREDIT])
+        self.payload_bytes += size
+
+
+def connect(wire: Wire, hello: dict[str, Any], options: LaneOptions) -> ShmReceive:
+    """The receiver's part of the handshake, up to the sender's last word.
+
+    Raises:
+        LaneRefusedError: the sender cannot reach the ring, or there is no memory for it.
+    """
+    descriptor = os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        ring = _make(descriptor, options)
+        ring.nonce = secrets.token_bytes(_NONCE_BYTES)
+        where = {"pid": os.getpid(), "fd": descriptor, "slots": ring.slots, "slot_bytes": ring.slot_bytes}
+        wire.send_message({**hello, "ring": {**where, "nonce": ring.nonce.hex()}})
+        wire.receive_message()  # the sender has mapped it
+    finally:
+        os.close(descriptor)
+    return ShmReceive(wire, ring)
+
+
+def _make(descriptor: int, options: LaneOptions) -> Ring:
+    try:
+        os.posix_fallocate(descriptor, 0, _SLOTS_AT + options.slots * options.slot_bytes)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+        return Ring(descriptor, options.slots, options.slot_bytes)
+    except OSError as error:
+        raise LaneRefusedError("host", f"no memory for a ring: {error.strerror}") from error
+
+
+def accept(wire: Wire, hello: dict[str, Any], options: LaneOptions) -> ShmSend:
+    """The sender's part of it.
+
+    Raises:
+        LaneRefusedError: the ring cannot be reached from here.
+        GarbageError: it is not described as a ring is.
+    """
+    try:
+        where = hello["ring"]
+        pid, number, slots, slot_bytes = (int(where[name]) for name in ("pid", "fd", "slots", "slot_bytes"))
+        nonce = bytes.fromhex(where["nonce"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise GarbageError("no ring") from error
+    if not (0 < slots <= _MAX_SLOTS and slot_bytes > 0 and slots * slot_bytes <= _MAX_RING_BYTES):
+        raise LaneRefusedError("host", f"{slots} slots of {slot_bytes} bytes are too many")
+    ring = _open(f"/proc/{pid}/fd/{number}", slots, slot_bytes)
+    if len(nonce) != _NONCE_BYTES or not hmac.compare_digest(ring.nonce, nonce):
+        raise LaneRefusedError("host", "the ring is another than the receiver's: it is on another host")
+    wire.send_message({})
+    return ShmSend(wire, ring)
+
+
+def _open(path: str, slots: int, slot_bytes: int) -> Ring:
+    try:
+        if not os.readlink(path).startswith(f"/memfd:{_NAME} "):  # before opening: to open a device can do things
+            raise LaneRefusedError("host", f"{path} is no ring: the receiver is on another host")
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise LaneRefusedError("host", f"no {path}: the receiver is on another host or in another container") from error
+    except OSError as error:
+        raise LaneRefusedError("host", f"{path} belongs to another user: {error.strerror}") from error
+    try:
+        if fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
+            raise LaneRefusedError("host", f"{path} is not sealed")
+        if os.fstat(descriptor).st_size != _SLOTS_AT + slots * slot_bytes:
+            raise LaneRefusedError("host", f"{path} has another size than the receiver says")
+        return Ring(descriptor, slots, slot_bytes)
+    except OSError as error:
+        raise LaneRefusedError("host", f"{path} cannot be mapped: {error.strerror}") from error
+    finally:
+        os.close(descriptor)
