@@ -19,7 +19,7 @@ setup(
             sources=[source.as_posix() for source in native["sources"](kernels)],
             depends=[header.as_posix() for header in native["headers"](kernels)],
             define_macros=[("JOINWISE_SOURCES", f'"{native["digest"](kernels)}"')],
-            extra_compile_args=["-std=c++17", "-O3", "-g0", "-pthread", "-Wall", "-Wextra"],
+            extra_compile_args=["-std=c++17", "-O3", "-g0", "-pthread", "-Wall", "-Wextra", "-ffp-contract=off"],
             extra_link_args=["-pthread"],
             language="c++",
             optional=True,
