@@ -196,5 +196,11 @@ def _cluster(dtype: str) -> JoinwiseConfig:
     pools = [{"name": role, "model": MODEL, "role": role, "engine": dict(_ENGINE)} for role in ("prefill", "decode")]
     gateway = {"http_port": 0, "grpc_port": 0, "drain_s": 2}
     return JoinwiseConfig.model_validate(
-        {"cluster": f"bench-{dtype}", "models": [model], "pools": pools, "gateway": gateway}
+        {
+            "cluster": f"bench-{dtype}",
+            "models": [model],
+            "pools": pools,
+            "gateway": gateway,
+            "router": {"split": "always"},  # what is measured is the split
+        }
     )

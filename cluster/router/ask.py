@@ -13,23 +13,22 @@ from joinwise.cluster.router.decision import Demand
 #: Workers of `Demand.held` that are looked at, those with the longest prefixes.
 MAX_HOLDERS = 4
 ANYONE = "*"
+_NO_LIMITS = TenantConfig()
 
 
-def rules(settings: RouterConfig) -> str:
-    """What holds for every request, as JSON."""
-    return _json(
-        {
-            "auto": settings.split == "auto",
-            "limit": settings.max_pending_tokens,
-            "max_queue": settings.max_queue,
-            "spill_ms": settings.spill_ms,
-            "gap_weight": settings.gap_weight,
-            "handoff_ms": settings.handoff_ms,
-            "handoff_us": settings.handoff_us_per_token,
-            "slack_ms": settings.session_slack_ms,
-            "session_ms": int(settings.session_ttl_s * 1000),
-            "kept": settings.decisions_kept,
-        }
+def rules(settings: RouterConfig) -> tuple[int | str, ...]:
+    """What holds for every request, in the order in which `route.lua` reads it."""
+    return (
+        int(settings.split == "auto"),
+        settings.max_pending_tokens,
+        settings.max_queue,
+        str(settings.spill_ms),
+        str(settings.gap_weight),
+        str(settings.handoff_ms),
+        str(settings.handoff_us_per_token),
+        str(settings.session_slack_ms),
+        int(settings.session_ttl_s * 1000),
+        settings.decisions_kept,
     )
 
 
@@ -62,38 +61,38 @@ class Ask:
         tenants, name = self.settings.tenants, self.demand.terms.tenant
         if name not in tenants:
             name = ANYONE
-        return name, tenants.get(name) or TenantConfig()
+        return name, tenants.get(name, _NO_LIMITS)
 
     def text(self, *, queued: bool) -> str:
-        """As JSON. `queued`: it waits already."""
+        """As JSON, without what is as usual. `queued`: it waits already."""
         demand, terms = self.demand, self.demand.terms
-        name, limits = self.tenant
-        free = demand.urgent
-        longest = sorted(demand.held.items(), key=lambda item: -item[1].tokens)[:MAX_HOLDERS]
-        ask: dict[str, Any] = {
-            "needs": sorted(demand.needs),
-            "excluded": dict.fromkeys(demand.exclude, True),
-            "spared": len(demand.exclude),
-            "held": {worker: (str(held.epoch), held.tokens) for worker, held in longest},
-            "class": self.queue_class,
-            "whole": demand.whole,
-            "urgent": free,
-            "slo_ttft": 0 if free else terms.slo_ttft_ms,
-            "slo_tpot": 0 if free else terms.slo_tpot_ms,
-            "tenant": {
-                "name": name,
-                "rpm": 0 if free else limits.requests_per_min or 0,
-                "tpm": 0 if free else limits.tokens_per_min or 0,
-                "concurrent": 0 if free else limits.concurrent or 0,
-                "weight": limits.weight,
-            },
-            "entry": self.entry,
-            "patient": self.patient and not free,
-            "queued": queued,
-            "score": self.score,
-        }
+        ask: dict[str, Any] = {"entry": self.entry}
+        if demand.needs:
+            ask["needs"], ask["class"] = sorted(demand.needs), self.queue_class
+        if demand.exclude:
+            ask["excluded"], ask["spared"] = dict.fromkeys(demand.exclude, True), len(demand.exclude)
+        if demand.held:
+            longest = sorted(demand.held.items(), key=lambda item: -item[1].tokens)[:MAX_HOLDERS]
+            ask["held"] = {worker: (str(held.epoch), held.tokens) for worker, held in longest}
+        if demand.whole:
+            ask["whole"] = True
         if terms.session:
             ask["session"] = terms.session
+        if demand.urgent:
+            return _json({**ask, "urgent": True})
+        name, limits = self.tenant
+        if limits != _NO_LIMITS:
+            ask["tenant"] = {
+                "name": name,
+                "rpm": limits.requests_per_min or 0,
+                "tpm": limits.tokens_per_min or 0,
+                "concurrent": limits.concurrent or 0,
+                "weight": limits.weight,
+            }
+        if terms.slo_ttft_ms or terms.slo_tpot_ms:
+            ask["slo_ttft"], ask["slo_tpot"] = terms.slo_ttft_ms, terms.slo_tpot_ms
+        if self.patient:
+            ask |= {"patient": True, "queued": queued, "score": self.score}
         return _json(ask)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-import itertools
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,10 +15,10 @@ _POLL_S = 0.02
 
 @dataclass(order=True)
 class Place:
-    """A place in a line."""
+    """A place in a line, in the order in which Redis has it: by score, then by the entry's text."""
 
     score: int
-    number: int
+    entry: str
     first: asyncio.Event = field(default_factory=asyncio.Event, compare=False)
     gone: bool = field(default=False, compare=False)
 
@@ -29,16 +28,15 @@ class Lines:
 
     def __init__(self) -> None:
         self._lines: dict[tuple[str, ...], list[Place]] = defaultdict(list)
-        self._numbers = itertools.count()
         self._room = asyncio.Event()
 
     def __len__(self) -> int:
         return sum(not place.gone for line in self._lines.values() for place in line)
 
     @asynccontextmanager
-    async def place(self, line: tuple[str, ...], score: int) -> AsyncIterator[Place]:
-        """Stand in a line, by score, while the context is open."""
-        mine = Place(score, next(self._numbers))
+    async def place(self, line: tuple[str, ...], score: int, entry: str) -> AsyncIterator[Place]:
+        """Stand in a line while the context is open."""
+        mine = Place(score, entry)
         heapq.heappush(self._lines[line], mine)
         self._call_first(line)
         try:

@@ -299,7 +299,7 @@ def _speeds(load: WorkerLoad) -> tuple[int, int]:
 
 
 def _between(value: float, most: int) -> int:
-    return max(1, round(value)) if 0 < value <= most else 0
+    return max(1, round(value)) if 0.5 <= value <= most else 0
 
 
 def _refusal(info: WorkerInfo, verdict: str, other: str, theirs: str = "") -> str:

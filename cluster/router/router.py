@@ -8,7 +8,6 @@ Lua script and may be repeated safely: redis-py does so after a lost answer. How
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -97,7 +96,7 @@ class Router:
                 self._abandon(ask)  # the script may have run: the answer is lost, not the reservation
             raise
         if verdict == "ok":
-            return _assignment(lease_id, json.loads(details[0]))
+            return _assignment(lease_id, details[0])
         raise refusal(demand, verdict, details, self._settings)
 
     async def _wait(self, ask: Ask) -> list[Any]:
@@ -105,7 +104,7 @@ class Router:
         try:
             async with (
                 asyncio.timeout(self._settings.queue_timeout_s),
-                self._lines.place((ask.demand.model, ask.queue_class, ask.tenant[0]), ask.score) as place,
+                self._lines.place((ask.demand.model, ask.queue_class, ask.tenant[0]), ask.score, ask.entry) as place,
             ):
                 await place.first.wait()
                 while (answer := await self._ask(ask, queued=True))[0] == "after":
@@ -130,7 +129,7 @@ class Router:
                 self._lease_ms,
                 self._ttl_ms,
                 ask.text(queued=queued),
-                self._rules,
+                *self._rules,
                 preludes=_ROUTING,
             )
         return answer
@@ -232,20 +231,18 @@ def samples_of(assignment: Assignment, samples: int) -> list[Assignment]:
     return [replace(assignment, sample=index) for index in range(samples)]
 
 
-def _assignment(lease_id: str, reply: dict[str, Any]) -> Assignment:
-    def ref(parts: list[str]) -> WorkerRef:
-        worker_id, epoch, engine, kv = parts
-        return WorkerRef(worker_id, int(epoch), engine, kv)
-
+def _assignment(lease_id: str, reply: str) -> Assignment:
+    epoch, reason, expires, first_ms, gap_ms, *workers = reply.split("\n")
+    refs = [WorkerRef(workers[i], int(workers[i + 1]), *workers[i + 2 : i + 4]) for i in range(0, len(workers), 4)]
     return Assignment(
         lease_id=lease_id,
-        lease_epoch=int(reply["epoch"]),
-        prefill=ref(reply["p"]) if reply["p"] else None,
-        decode=ref(reply["d"]),
-        reason=reply["reason"],
-        expires_ms=int(reply["expires"]),
-        ttft_ms=float(reply["ms"][0]),
-        tpot_ms=float(reply["ms"][1]),
+        lease_epoch=int(epoch),
+        prefill=refs[1] if len(refs) > 1 else None,
+        decode=refs[0],
+        reason=reason,
+        expires_ms=int(expires),
+        ttft_ms=float(first_ms),
+        tpot_ms=float(gap_ms),
     )
 
 

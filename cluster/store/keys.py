@@ -7,7 +7,7 @@ and a version: two releases with different layouts run side by side without read
 |-----------------------------------|--------|-------|
 | worker:<id>                       | hash   | registration, epoch, role and home, heartbeat, speeds, what is pending |
 | beats                             | zset   | worker id -> milliseconds of its last heartbeat |
-| queue:<role>:<profile>:<model>    | zset   | worker id -> ms of pending work; the routable workers of a role |
+| queue:<role>:<profile>:<model>    | zset   | worker id -> ms to a typical request's end; the routable of a role |
 | room:<role>:<profile>:<model>     | zset   | the same workers -> pending tokens |
 | profiles:<model>                  | hash   | profile -> the capabilities that its workers share |
 | adapters:<model>                  | hash   | adapter name -> JSON of path and id |

@@ -114,7 +114,8 @@ async def test_the_cost_is_time_not_tokens(bench: Bench) -> None:
         await bench.join(worker_id, "prefill")
         await bench.measured(worker_id, tokens_per_s=speed, step_ms=10)
     await bench.join("d", "decode")
-    taken = [chosen(await bench.router.route(demand(400, 1)))[0] for _ in range(30)]
+    patient = bench.with_(spill_ms=1e6)
+    taken = [chosen(await patient.router.route(demand(400, 1)))[0] for _ in range(30)]
     assert taken[:3] == ["new", "new", "new"]
     # Shares follow the speeds: 20 : 5 : 0.5.
     assert [taken.count(name) for name in ("new", "old", "box")] == [24, 6, 0]

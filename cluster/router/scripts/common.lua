@@ -4,8 +4,8 @@ local base = KEYS[1]
 
 local function worker_key(id) return base .. 'worker:' .. id end
 
--- Workers of one role, model and profile (set of capabilities) stand in two sorted sets: `queue` by milliseconds of
--- pending work, `room` by pending tokens.
+-- Workers of one role, model and profile (set of capabilities) stand in two sorted sets: `queue` by the milliseconds in
+-- which they would be done with a typical request, `room` by pending tokens.
 local function set_key(kind, role, profile, model) return base .. kind .. ':' .. role .. ':' .. profile .. ':' .. model end
 local function profiles_key(model) return base .. 'profiles:' .. model end
 
@@ -22,12 +22,15 @@ local function work_ms(prefill, gen, per_token, per_step, seqs)
   return (prefill * per_token + gen * per_step / seqs) / 1000
 end
 
+local TYPICAL_PROMPT, TYPICAL_ANSWER = 512, 256 -- tokens
+
 local HOT = { 'epoch', 'model', 'role', 'profile', 'home', 'prefill', 'decode', 'gen', 'n', 'per_token', 'per_step', 'seqs' }
 
--- Puts a worker into the sets of a role, by what is pending on it.
-local function place(id, model, role, profile, work, tokens)
-  redis.call('ZADD', set_key('queue', role, profile, model), work, id)
-  redis.call('ZADD', set_key('room', role, profile, model), tokens, id)
+-- Puts a worker into the sets of a role, by what is pending on it and how fast it is.
+local function place(id, model, role, profile, prefill, decode, gen, per_token, per_step, seqs)
+  local done = work_ms(prefill + TYPICAL_PROMPT, gen + TYPICAL_ANSWER, per_token, per_step, seqs)
+  redis.call('ZADD', set_key('queue', role, profile, model), done, id)
+  redis.call('ZADD', set_key('room', role, profile, model), prefill + decode, id)
 end
 
 -- Takes a worker out of the sets of a role. A profile that nobody has any more is forgotten.
@@ -52,7 +55,7 @@ local function charge(id, epoch, prefill, decode, gen, n)
     role = w[5]
     redis.call('HSET', worker_key(id), 'role', role)
   end
-  place(id, w[2], role, w[4], work_ms(prefill, gen, w[10], w[11], w[12]), prefill + decode)
+  place(id, w[2], role, w[4], prefill, decode, gen, w[10], w[11], w[12])
   if role ~= w[3] then unplace(id, w[2], w[3], w[4]) end
 end
 

@@ -1,12 +1,12 @@
 -- Why: every decision is kept for a while, so that it can be explained.
 
--- One line a candidate: id, role, wait, pre, harm, queue, stall, move (ms), uncached prompt tokens, pending tokens.
+-- One line a candidate: id, role, wait, pre, harm, queue, stall, move (us), uncached prompt tokens, pending tokens.
 local function candidates(pools)
   local lines = {}
   for _, role in ipairs({ 'prefill', 'decode', 'mixed' }) do
     for _, w in ipairs(pools[role]) do
-      lines[#lines + 1] = string.format('%s %s %.1f %.1f %.1f %.1f %.1f %.1f %d %d', w.id, w.role, w.wait, w.pre, w.harm,
-        w.queue, w.stall, w.move, w.fresh, pending_on(w))
+      lines[#lines + 1] = string.format('%s %s %d %d %d %d %d %d %d %d', w.id, role, w.wait * 1000, w.pre * 1000,
+        w.harm * 1000, w.queue * 1000, w.stall * 1000, w.move * 1000, w.fresh, pending_on(w))
     end
   end
   return table.concat(lines, '\n')

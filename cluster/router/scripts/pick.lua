@@ -3,7 +3,7 @@
 -- samples, oldest (ms of the last acceptable heartbeat), limit (pending tokens), and the weights named in `cost`.
 local LOOK = { 'epoch', 'beat', 'role', 'home', 'fingerprint', 'profile', 'prefill', 'decode', 'gen', 'n', 'per_token',
   'per_step', 'seqs', 'capacity' }
-local FEW = 3 -- of the least loaded, from each set of workers
+local FEW = 2 -- of the least loaded, from each set of workers
 
 -- Milliseconds of the last heartbeat that still counts. In a grace (`expire.lua`) nobody is too old.
 local function oldest_beat(now, ttl)

@@ -46,18 +46,24 @@ local function decode_wait(w) return w.stall end
 -- Estimated ms to the first token, and from token to token.
 local function promise(p, d) return (p or d).wait + (p or d).pre, d.per_step / 1000 end
 
--- Moves a worker of another pool into mixed, which is one write.
-local function pull(w, model)
-  place(w.id, model, 'mixed', w.profile, 0, 0) -- `charge` says by what
-  unplace(w.id, model, w.role, w.profile)
-  w.pull, w.role = nil, 'mixed'
-  redis.call('HSET', worker_key(w.id), 'role', 'mixed')
+-- Reserves on a worker as it was just read; one that is pulled moves into mixed, which is one write.
+local function reserve(w, model, prefill, decode, gen, n)
+  local key, role = worker_key(w.id), w.role
+  w.prefill, w.decode, w.gen, w.n = w.prefill + prefill, w.decode + decode, w.gen + gen, w.n + n
+  redis.call('HSET', key, 'prefill', w.prefill, 'decode', w.decode, 'gen', w.gen, 'n', w.n)
+  if w.pull then w.role = 'mixed' end
+  place(w.id, model, w.role, w.profile, w.prefill, w.decode, w.gen, w.per_token, w.per_step, w.seqs)
+  if w.role ~= role then
+    redis.call('HSET', key, 'role', w.role)
+    unplace(w.id, model, role, w.profile)
+  end
 end
 
 -- Whether a plan keeps the request's objectives (0 is none).
 local function keeps(p, d, demand)
   local first, gap = promise(p, d)
-  return (demand.slo_ttft == 0 or first <= demand.slo_ttft) and (demand.slo_tpot == 0 or gap <= demand.slo_tpot)
+  local most_first, most_gap = demand.slo_ttft or 0, demand.slo_tpot or 0
+  return (most_first == 0 or first <= most_first) and (most_gap == 0 or gap <= most_gap)
 end
 
 -- The plan: prefill worker (nil when one does it all), decode worker, reason, cost in ms. Or nil.
@@ -70,10 +76,14 @@ local function plan(pools, demand)
   local p, p_how = choose(pools.prefill, pools.mixed, pools.decode, prefill_cost, prefill_need, prompt_wait, demand)
   local d, d_how = choose(pools.decode, pools.mixed, pools.prefill, decode_cost, decode_need, decode_wait, demand)
   if not p or not d then return nil, whole or alone, 'whole_spilled', whole and whole_ms or alone_ms end
-  if p.id == d.id then
-    if has_room(p, whole_need(p, demand), demand) then return nil, p, 'mixed', whole_cost(p) end
-    return nil, whole or alone, 'whole_spilled', whole and whole_ms or alone_ms
+  if p.id == d.id or (p.role == 'mixed' and d.role == 'mixed') then -- one mixed worker does both
+    if p.id == d.id and has_room(p, whole_need(p, demand), demand) and whole_cost(p) <= whole_ms then
+      return nil, p, 'mixed', whole_cost(p)
+    elseif whole then
+      return nil, whole, 'mixed', whole_ms
+    end
   end
+  if p.id == d.id then return nil, alone, 'whole_spilled', alone_ms end
   local split_ms, how = prefill_cost(p) + decode_cost(d), p_how or d_how
   if demand.auto and whole then
     local split_keeps, whole_keeps, cheaper = keeps(p, d, demand), keeps(nil, whole, demand), whole_ms < split_ms

@@ -1,12 +1,12 @@
 -- The short list: of each role the few with the least work, the one with the fewest tokens where those are full, and
--- whoever holds a part of the prompt. Its length does not depend on the number of workers.
+-- whoever holds a part of the prompt or served the session. Its length does not depend on the number of workers.
 
 -- Up to `few` live workers (and as many more as are excluded) from the start of a sorted set.
 local function least(key, few, demand, fit, seen, into)
   local dropped
   repeat
     dropped = false
-    for _, id in ipairs(redis.call('ZRANGE', key, 0, few + demand.spared - 1)) do
+    for _, id in ipairs(redis.call('ZRANGE', key, 0, few + (demand.spared or 0) - 1)) do
       if seen[id] == nil then
         local w, dead = look(id, demand, fit)
         seen[id], dropped = w or false, dropped or dead
@@ -28,11 +28,13 @@ local function short_list(demand, fit)
       if not roomy then least(set_key('room', role, profile, demand.model), 1, demand, fit, seen, list) end
     end
   end
-  for id in pairs(demand.held) do
-    if seen[id] == nil then
-      local w = look(id, demand, fit)
-      if w then table.insert(pools[w.role], w) end
-    end
+  local function add(id)
+    if seen[id] ~= nil then return end
+    local w = look(id, demand, fit)
+    if w then table.insert(pools[w.role], w) end
+    seen[id] = w or false
   end
+  for id in pairs(demand.held) do add(id) end
+  if demand.session then add(demand.session) end
   return pools
 end

@@ -1,8 +1,8 @@
 -- Admits a request: its tenant's limits, its turn, then the plan; reserves the tokens and writes a lease, or says why not.
 -- ARGV: 1 lease id, 2 request id, 3 model, 4 prompt tokens, 5 new tokens of one sample, 6 samples, 7 now (ms),
---   8 lease (ms), 9 worker ttl (ms), 10 what the request asks for (JSON), 11 limits and weights of `pick` and `plan` (JSON)
--- Asked for: needs, excluded, spared (how many), held, session, class, whole, urgent, slo_ttft, slo_tpot, tenant, and of
--- its place in the queue: entry, patient (it may wait), queued (it waits already), score.
+--   8 lease (ms), 9 worker ttl (ms), 10 what else it asks for (JSON), 11 and on: the rules, as named below
+-- Else: needs, class (the same as text), excluded, spared (how many), held, whole, session, urgent (it was admitted
+-- before), slo_ttft, slo_tpot, tenant, and of its place in the queue: entry, patient (it may wait), queued, score.
 local lease_id, request, model, new, samples, now =
   ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
 local lease_key = base .. 'lease:' .. lease_id
@@ -10,10 +10,15 @@ local known = redis.call('HGET', lease_key, 'reply')
 if known then return { 'ok', known } end -- a repeated call: the first one got through
 
 local demand = cjson.decode(ARGV[10])
-for name, value in pairs(cjson.decode(ARGV[11])) do demand[name] = value end
+demand.auto, demand.limit, demand.max_queue, demand.spill_ms, demand.gap_weight, demand.handoff_ms, demand.handoff_us,
+  demand.slack_ms, demand.session_ms, demand.kept = ARGV[11] == '1', tonumber(ARGV[12]), tonumber(ARGV[13]),
+  tonumber(ARGV[14]), tonumber(ARGV[15]), tonumber(ARGV[16]), tonumber(ARGV[17]), tonumber(ARGV[18]), ARGV[19],
+  tonumber(ARGV[20])
 demand.model, demand.samples, demand.prompt, demand.new = model, samples, tonumber(ARGV[4]), samples * new
+demand.needs, demand.excluded, demand.held = demand.needs or {}, demand.excluded or {}, demand.held or {}
 demand.oldest = oldest_beat(now, tonumber(ARGV[9]))
-local session, tenant, entry, class = demand.session, demand.tenant, demand.entry, model .. ':' .. demand.class
+local session, entry, class = demand.session, demand.entry, model .. ':' .. (demand.class or '')
+local tenant = demand.tenant or { name = '*', rpm = 0, tpm = 0, concurrent = 0, weight = 1 }
 demand.session = session and redis.call('HGET', base .. 'sessions', session) or nil
 local tokens = demand.prompt + demand.new
 
@@ -50,24 +55,20 @@ if not keeps(p, d, demand) then
   return refuse('slo', d.id, cost_ms, pools, math.ceil(first), math.ceil(gap), math.ceil((p or d).wait))
 end
 
-local own = p or d -- who prefills
-for _, w in ipairs({ own, d }) do
-  if w.pull then pull(w, model) end
-end
-if p then charge(p.id, p.epoch, p.fresh, 0, 0, 0) end
-charge(d.id, d.epoch, p and 0 or d.fresh, tokens, demand.new, samples)
+explain(demand.kept, request, now, reason, (p and p.id .. ' ' or '') .. d.id, cost_ms, pools)
+if p then reserve(p, model, p.fresh, 0, 0, 0) end
+reserve(d, model, p and 0 or d.fresh, tokens, demand.new, samples)
 enter_tenant(tenant, now, tokens, false)
 dequeue(class, tenant.name, entry, tokens, tenant.weight)
 if session then remember(session, d.id, now + demand.session_ms) end
-explain(demand.kept, request, now, reason, (p and p.id .. ' ' or '') .. d.id, cost_ms, pools)
 
 local epoch, expires = next_epoch(ARGV[7]), now + tonumber(ARGV[8])
 local function address(w)
   local at = redis.call('HMGET', worker_key(w.id), 'engine', 'kv')
-  return { w.id, w.epoch, at[1], at[2] }
+  return w.id .. '\n' .. w.epoch .. '\n' .. at[1] .. '\n' .. at[2]
 end
-local reply = cjson.encode({ epoch = epoch, reason = reason, expires = expires, p = p and address(p) or false,
-  d = address(d), ms = { first, gap, cost_ms } })
+local reply = table.concat({ epoch, reason, expires, first, gap, address(d), p and address(p) }, '\n')
+local own = p or d -- who prefills
 redis.call('HSET', lease_key, 'request', request, 'epoch', epoch, 'reply', reply, 'p', own.id, 'pe', own.epoch,
   'pt', own.fresh, 'd', d.id, 'de', d.epoch, 'dt', demand.prompt, 'g', new, 'n', samples, 'left', samples,
   'tenant', limited(tenant) and tenant.name or '', 'used', 0)
