@@ -143,17 +143,17 @@ class EngineWorker:
     def _build_engine(self, config: VllmConfig, digest: str) -> EngineLoop:
         assert self._service is not None
         kv = self._config.kv
-        connector.host.settings = KvSettings(
-            bind=f"{self._spec.host}:0",
+        settings = KvSettings(
+            host=self._spec.host,
+            transport=kv.transport,
             frame_bytes=kv.frame_bytes,
             landing_bytes=kv.landing_bytes,
             lease_s=kv.lease_s,
             model_digest=digest,
-            interior=build.interior_of(config),
             token=self._token,
         )
         connector.host.on_report = self._service.on_report
-        return EngineLoop(config, on_outputs=self._service.on_outputs, on_dead=self._on_dead)
+        return EngineLoop(config, settings, on_outputs=self._service.on_outputs, on_dead=self._on_dead)
 
     def _on_dead(self, error: BaseException) -> None:
         self._dead = error
@@ -186,11 +186,9 @@ class EngineWorker:
         return f"{self._spec.host}:{port}"
 
     def _describe(self, config: VllmConfig, digest: str, address: str) -> WorkerInfo:
-        worker = connector.host.worker
-        assert worker is not None, "the connector is built with the engine"
-        assert worker.blocks is not None, "vLLM registers its caches while it starts"
-        assert worker.server is not None, "the KV port opens with them"
         assert self._ops is not None, "it opens first of all"
+        assert self._engine is not None
+        kv = self._engine.kv_ports
         scheduler, cache = config.scheduler_config, config.cache_config
         parallel = config.parallel_config.tensor_parallel_size
         facts = [digest, str(config.model_config.dtype), cache.block_size, scheduler.max_num_seqs, parallel]
@@ -204,10 +202,10 @@ class EngineWorker:
             fingerprint=hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16],
             model_digest=digest,
             engine_address=address,
-            kv_address=worker.server.address,
+            kv_address=kv.addresses,
             metrics_address=f"{self._spec.host}:{self._ops.port}",
             capabilities=frozenset({"replay", "kv_grpc"}),
-            kv_layout=worker.blocks.digest,
+            kv_layout=kv.signature,
             max_model_len=config.model_config.max_model_len,
             block_size=cache.block_size,
             num_blocks=cache.num_gpu_blocks or 0,

@@ -20,6 +20,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from joinwise.actors.kv.receiving import FetchReport
 from joinwise.actors.vllm import connector
+from joinwise.actors.vllm.connector import ports
 from joinwise.actors.vllm.engine_loop import UTILITIES, EngineLoop
 from joinwise.proto import engine_pb2, engine_pb2_grpc
 
@@ -84,7 +85,7 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
                 transport=report.transport,
                 recomputed=bool(report.failure),
                 failure=report.failure,
-                local_hit_tokens=report.local_hit_blocks * _block_size(),
+                local_hit_tokens=report.local_hit_tokens,
             )
         )
         self._asyncio.call_soon_threadsafe(self._send_report, report.request_id, message)
@@ -215,24 +216,21 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
 
     def _idle(self) -> engine_pb2.IdleResponse:
         core, host = self._loop.core, connector.host
-        assert host.scheduler is not None and host.worker is not None
+        assert host.scheduler is not None
+        kv = ports.status(core.model_executor)
         pool = core.scheduler.kv_cache_manager.block_pool
         total = pool.num_gpu_blocks - 1
-        held = host.scheduler.entries() + host.worker.entries()
+        held = host.scheduler.entries() + kv.entries
         return engine_pb2.IdleResponse(
             scheduler_requests=len(core.scheduler.requests),
             blocks_used=total - pool.get_num_free_blocks(),
             blocks_total=total,
             connector_entries=len(held),
-            kv_streams=host.worker.streams,
-            landing_bytes=host.worker.landing_bytes,
+            kv_streams=kv.streams,
+            landing_bytes=kv.landing_bytes,
             held=held[:16],
-            failure_reasons={k: v for k, v in host.worker.counters.items() if k not in ("completed", "failed")},
-            transfers_completed=host.worker.counters["completed"],
-            transfers_failed=host.worker.counters["failed"],
+            failure_reasons={k: v for k, v in kv.counters.items() if k not in ("completed", "failed")},
+            transfers_completed=kv.counters["completed"],
+            transfers_failed=kv.counters["failed"],
         )
 
-
-def _block_size() -> int:
-    worker = connector.host.worker
-    return worker.blocks.layout.block_size if worker is not None and worker.blocks is not None else 0

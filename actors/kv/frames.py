@@ -1,9 +1,10 @@
-"""The KV frame: one header and the bytes of some KV blocks of one layer.
+"""The KV frame: one header of 64 bytes, and the KV of some tokens of one layer.
 
-A frame is bound to its transfer, its epoch, its place in the stream, its layer and its blocks, and
-carries a checksum over header and payload. A receiver that finds any of these different from what
-it expects refuses the frame; nothing of a refused frame is ever used. docs/kv-protocol.md has the
-table of fields, version by version.
+A frame is bound to its transfer, its epoch, its place in the stream, its layer, heads and tokens,
+and carries a checksum of its payload and one of the header itself, so that a header can be trusted
+before its payload is read. A receiver that finds any of these different from what it expects refuses
+the frame; nothing of a refused frame is ever used. docs/kv-protocol.md has
+the table of fields, version by version.
 """
 
 import struct
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 import xxhash
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAGIC = b"JWKV"
 
 FLAG_END = 1
@@ -20,11 +21,11 @@ FLAG_END = 1
 _KNOWN_FLAGS = FLAG_END
 MAX_EXPOSED_US = (1 << 32) - 1
 
-# magic, version, flags, transfer tag, epoch, sequence, layer, first block, blocks, payload bytes,
-# exposed microseconds (END only), checksum.
-_HEADER = struct.Struct("<4sHHQQIIIIIIQ")
-HEADER_BYTES = _HEADER.size
-_UNCHECKED = struct.Struct("<Q").size
+# magic, version, flags, encoding, a reserved byte, transfer tag, epoch, sequence, layer, first token, tokens,
+# first head, heads, payload bytes, exposed microseconds (END only), checksum of the payload; then the header's own.
+_FIELDS = struct.Struct("<4sBBBxQQIIIIHHIIQ")
+_CHECKSUM = struct.Struct("<I")
+HEADER_BYTES = _FIELDS.size + _CHECKSUM.size
 
 
 class FrameRefusedError(ValueError):
@@ -37,16 +38,42 @@ class FrameRefusedError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class FrameHeader:
-    """The fields of one frame. Blocks count from the first block of the prompt, not in either cache."""
+    """The fields of one frame.
+
+    Tokens count from the prompt's first; `layer` counts in the sender's layout, heads in the whole
+    model (none in a frame of whole blocks). `encoding` is a value of `kv_pb2.Encoding`. A frame of
+    whole blocks may end beyond the prompt: its last block is shipped whole.
+    """
 
     tag: int
     epoch: int
     sequence: int
-    layer: int
-    first_block: int
-    num_blocks: int
+    layer: int = 0
+    first_token: int = 0
+    num_tokens: int = 0
+    first_head: int = 0
+    num_heads: int = 0
+    encoding: int = 0
     flags: int = 0
     exposed_us: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SealedHeader:
+    """A header from the wire, its own checksum verified; the payload has yet to be."""
+
+    header: FrameHeader
+    payload_bytes: int
+    payload_checksum: int
+
+    def verify(self, payload: Sequence[memoryview]) -> None:
+        """Compare the payload's checksum with what has arrived.
+
+        Raises:
+            FrameRefusedError: it does not match.
+        """
+        if _digest(payload)[1] != self.payload_checksum:
+            raise FrameRefusedError("checksum", f"layer {self.header.layer} sequence {self.header.sequence}")
 
 
 def transfer_tag(transfer_id: str) -> int:
@@ -54,55 +81,78 @@ def transfer_tag(transfer_id: str) -> int:
     return xxhash.xxh3_64_intdigest(transfer_id.encode())
 
 
+def seal(header: FrameHeader, payload: Sequence[memoryview | bytes] = ()) -> bytes:
+    """The 64 bytes that go before a payload; its pieces are read once and not copied."""
+    size, checksum = _digest(payload)
+    fields = _FIELDS.pack(
+        MAGIC,
+        PROTOCOL_VERSION,
+        header.flags,
+        header.encoding,
+        header.tag,
+        header.epoch,
+        header.sequence,
+        header.layer,
+        header.first_token,
+        header.num_tokens,
+        header.first_head,
+        header.num_heads,
+        size,
+        header.exposed_us,
+        checksum,
+    )
+    return fields + _CHECKSUM.pack(_own_checksum(fields))
+
+
 def encode(header: FrameHeader, payload: Sequence[memoryview | bytes] = ()) -> bytes:
-    """Build one frame; the payload's pieces are copied exactly once."""
+    """A whole frame in one piece; the payload's pieces are copied exactly once."""
+    return b"".join((seal(header, payload), *payload))
+
+
+def parse(raw: bytes) -> SealedHeader:
+    """Check the 64 bytes of a header, whose payload may not have arrived yet.
+
+    Raises:
+        FrameRefusedError: truncated, of another version, with a flag of another version, or its own
+            checksum does not match.
+    """
+    if len(raw) < HEADER_BYTES:
+        raise FrameRefusedError("truncated", f"{len(raw)} bytes, a header has {HEADER_BYTES}")
+    fields = _FIELDS.unpack_from(raw)
+    magic, version, flags, encoding, tag, epoch, sequence, layer, first, tokens, head, heads = fields[:12]
+    size, exposed, checksum = fields[12:]
+    if magic != MAGIC or version != PROTOCOL_VERSION:
+        raise FrameRefusedError("version", f"magic {magic!r} version {version}, this end speaks {PROTOCOL_VERSION}")
+    if _own_checksum(raw[: _FIELDS.size]) != _CHECKSUM.unpack_from(raw, _FIELDS.size)[0]:
+        raise FrameRefusedError("checksum", f"the header of sequence {sequence}")
+    if flags & ~_KNOWN_FLAGS:
+        raise FrameRefusedError("flags", f"flags {flags:#x}, this end knows {_KNOWN_FLAGS:#x}")
+    header = FrameHeader(tag, epoch, sequence, layer, first, tokens, head, heads, encoding, flags, exposed)
+    return SealedHeader(header, size, checksum)
+
+
+def split(frame: bytes) -> tuple[SealedHeader, memoryview]:
+    """Take a frame in one piece apart: its header, and its payload, which is not yet verified.
+
+    Raises:
+        FrameRefusedError: as for `parse`, or the payload is longer or shorter than the header says.
+    """
+    sealed = parse(frame[:HEADER_BYTES])
+    payload = memoryview(frame)[HEADER_BYTES:]
+    if payload.nbytes != sealed.payload_bytes:
+        raise FrameRefusedError("truncated", f"{payload.nbytes} payload bytes, the header says {sealed.payload_bytes}")
+    return sealed, payload
+
+
+def _digest(payload: Sequence[memoryview | bytes]) -> tuple[int, int]:
+    """Bytes, and xxh3-64 of them."""
     digest = xxhash.xxh3_64()
     size = 0
     for piece in payload:
         digest.update(piece)
         size += memoryview(piece).nbytes
-    unchecked = _pack(header, size, 0)[:-_UNCHECKED]
-    digest.update(unchecked)
-    return b"".join((unchecked, digest.intdigest().to_bytes(8, "little"), *payload))
+    return size, digest.intdigest()
 
 
-def decode(frame: bytes) -> tuple[FrameHeader, memoryview]:
-    """Check one frame and return its header and payload.
-
-    Raises:
-        FrameRefusedError: truncated, of another version, with a flag of another version, or its checksum
-            does not match.
-    """
-    if len(frame) < HEADER_BYTES:
-        raise FrameRefusedError("truncated", f"{len(frame)} bytes, a header has {HEADER_BYTES}")
-    fields = _HEADER.unpack_from(frame)
-    magic, version, flags, tag, epoch, sequence, layer, first, blocks, size, exposed, checksum = fields
-    if magic != MAGIC or version != PROTOCOL_VERSION:
-        raise FrameRefusedError("version", f"magic {magic!r} version {version}, this end speaks {PROTOCOL_VERSION}")
-    payload = memoryview(frame)[HEADER_BYTES:]
-    if payload.nbytes != size:
-        raise FrameRefusedError("truncated", f"{payload.nbytes} payload bytes, the header says {size}")
-    digest = xxhash.xxh3_64(payload)
-    digest.update(memoryview(frame)[: HEADER_BYTES - _UNCHECKED])
-    if digest.intdigest() != checksum:
-        raise FrameRefusedError("checksum", f"layer {layer} sequence {sequence}")
-    if flags & ~_KNOWN_FLAGS:
-        raise FrameRefusedError("flags", f"flags {flags:#x}, this end knows {_KNOWN_FLAGS:#x}")
-    return FrameHeader(tag, epoch, sequence, layer, first, blocks, flags, exposed), payload
-
-
-def _pack(header: FrameHeader, size: int, checksum: int) -> bytes:
-    return _HEADER.pack(
-        MAGIC,
-        PROTOCOL_VERSION,
-        header.flags,
-        header.tag,
-        header.epoch,
-        header.sequence,
-        header.layer,
-        header.first_block,
-        header.num_blocks,
-        size,
-        header.exposed_us,
-        checksum,
-    )
+def _own_checksum(fields: bytes) -> int:
+    return xxhash.xxh3_64_intdigest(fields) & 0xFFFFFFFF

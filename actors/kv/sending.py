@@ -41,6 +41,7 @@ class SendTransfer:
     num_layers: int
     num_tokens: int
     lease_s: float
+    block_size: int
     block_ids: list[int] = field(default_factory=list)
     ready: list[int] = field(default_factory=list)
     computed_at: float = 0.0
@@ -50,11 +51,20 @@ class SendTransfer:
     """When its lease ends; it begins with `ended`, for until then vLLM answers for the request."""
     closed: str = ""
     """Why nothing more will be sent; empty while the transfer is open."""
-    streaming: bool = False
+    claimed: int = 0
+    """Streams that have taken it so far."""
+    streaming: int = 0
+    """Streams that run now."""
+    delivered: int = 0
+    """Streams that have sent all of their part."""
     changed: threading.Condition = field(default_factory=threading.Condition)
 
     def __post_init__(self) -> None:
         self.ready = [0] * self.num_layers
+
+    def ready_tokens(self, layer: int) -> int:
+        """Tokens that are final in a layer."""
+        return min(self.ready[layer] * self.block_size, self.num_tokens)
 
     @property
     def computed(self) -> bool:
@@ -138,7 +148,9 @@ class SendTable:
 
     # Called by stream threads.
 
-    def claim(self, transfer_id: str, epoch: int, deadline: float, alive: Callable[[], bool]) -> SendTransfer:
+    def claim(
+        self, transfer_id: str, epoch: int, deadline: float, alive: Callable[[], bool], streams: int = 1
+    ) -> SendTransfer:
         """Wait for a transfer to be opened and take it for one stream; `release` must follow.
 
         Args:
@@ -146,6 +158,7 @@ class SendTable:
             epoch: the epoch that the caller has for it.
             deadline: monotonic time to give up at.
             alive: says whether the caller still wants it.
+            streams: how many streams the receiver's ranks open in all.
 
         Raises:
             NoSuchTransferError: it did not appear in time, is over, or another stream has it.
@@ -161,11 +174,12 @@ class SendTable:
                 self._opened.wait(min(left, 1.0))
             if transfer.epoch != epoch:
                 raise WrongEpochError(f"epoch {epoch}, this worker has {transfer.epoch}")
-            if transfer.streaming or transfer.closed:
+            if transfer.claimed >= streams or transfer.closed:
                 raise NoSuchTransferError(
                     f"transfer {transfer_id} is over: {transfer.closed or 'another stream has it'}"
                 )
-            transfer.streaming = True
+            transfer.claimed += 1
+            transfer.streaming += 1
             return transfer
 
     def wake_claims(self) -> None:
@@ -173,9 +187,19 @@ class SendTable:
         with self._opened:
             self._opened.notify_all()
 
-    def release(self, transfer: SendTransfer, reason: str) -> None:
-        """The stream of a claimed transfer is over, whatever its outcome."""
-        transfer.streaming = False
+    def release(self, transfer: SendTransfer, reason: str, *, delivered_of: int = 0) -> None:
+        """A stream of a claimed transfer is over, whatever its outcome.
+
+        Args:
+            transfer: the transfer.
+            reason: the outcome.
+            delivered_of: when it went well, the number of streams; the transfer stays open for the others.
+        """
+        with self._opened:
+            transfer.streaming -= 1
+            transfer.delivered += bool(delivered_of)
+            if transfer.delivered < delivered_of:
+                return
         self._close(transfer, reason)
 
     def _forget(self, transfer: SendTransfer) -> None:

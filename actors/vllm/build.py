@@ -1,9 +1,7 @@
 """Builds vLLM's configuration for a worker or a gateway from joinwise's."""
 
-import platform
 from typing import Any
 
-import torch
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.usage.usage_lib import UsageContext
@@ -52,10 +50,3 @@ def _config(model_path: str, arguments: dict[str, Any]) -> VllmConfig:
         return AsyncEngineArgs(model=model_path, **arguments).create_engine_config(UsageContext.ENGINE_CONTEXT)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"vLLM refuses the engine arguments: {error}") from error
-
-
-def interior_of(config: VllmConfig) -> str:
-    """Who lays out the inside of a KV block: blocks are exchanged whole between equal interiors only."""
-    if torch.cuda.is_available():
-        return f"cuda-{config.attention_config.backend}"
-    return f"cpu-{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}"

@@ -24,6 +24,8 @@ from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.metrics.stats import SchedulerStats
 
 from joinwise.actors.vllm import connector
+from joinwise.actors.vllm.connector import ports
+from joinwise.actors.vllm.connector.worker import KvSettings, KvStatus
 from joinwise.actors.vllm.cpu_seeds import spare_generators
 from joinwise.actors.vllm.handoff import KV_TRANSFER_KEY, Handoff, set_replay
 
@@ -39,6 +41,7 @@ class EngineLoop:
 
     Args:
         config: vLLM's configuration, from `build.worker_config`.
+        kv: how its ranks ship KV.
         on_outputs: called on the stepping thread with (gateway slot, outputs of one step).
         on_dead: called on the stepping thread with the exception that ended the engine.
     """
@@ -46,6 +49,7 @@ class EngineLoop:
     def __init__(
         self,
         config: VllmConfig,
+        kv: KvSettings,
         *,
         on_outputs: Callable[[int, EngineCoreOutputs], None],
         on_dead: Callable[[BaseException], None],
@@ -64,6 +68,7 @@ class EngineLoop:
         connector.host.wake = self._wake.set
         self.core = EngineCore(config, Executor.get_class(config), log_stats=True)
         self.core.model_executor.collective_rpc(spare_generators)
+        self.kv_ports = ports.open_ports(self.core.model_executor, kv)
         self._metrics = StatLoggerManager(config, engine_idxs=[0], custom_stat_loggers=None)
         self._metrics.log_engine_initialized()
         self._thread = threading.Thread(target=self._run, name="engine-step", daemon=True)
@@ -113,6 +118,10 @@ class EngineLoop:
 
         self._submit(run)
         return future
+
+    def kv_status(self) -> "Future[KvStatus]":
+        """What the connectors of all ranks hold and have done."""
+        return self.between_steps(lambda: ports.status(self.core.model_executor))
 
     def stuck_for(self) -> float:
         """Seconds since the last step, while there is work; 0 on an idle engine."""

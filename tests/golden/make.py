@@ -11,26 +11,52 @@ import sys
 from collections.abc import Callable
 
 from joinwise.actors.kv.frames import FLAG_END, FrameHeader, encode, transfer_tag
+from joinwise.proto import kv_pb2
 
 HERE = pathlib.Path(__file__).parent
 TRANSFER = "cmpl-1.0.0123456789abcdef"
 
 
 def kv_frame() -> bytes:
-    """Blocks 3 and 4 of layer 7, 32 bytes a block, gathered from two places."""
-    header = FrameHeader(transfer_tag(TRANSFER), epoch=42, sequence=5, layer=7, first_block=3, num_blocks=2)
+    """Tokens 96 to 159 (two blocks of 32) of layer 7, 32 bytes a block, gathered from two places."""
+    header = FrameHeader(
+        transfer_tag(TRANSFER),
+        epoch=42,
+        sequence=5,
+        layer=7,
+        first_token=96,
+        num_tokens=64,
+        encoding=kv_pb2.ENCODING_BLOCKS,
+    )
     payload = bytes(range(64))
     return encode(header, (payload[:32], memoryview(payload)[32:]))
 
 
+def kv_frame_plain() -> bytes:
+    """Tokens 5 and 6 of heads 2 to 4 of layer 1 in the canonical layout: two vectors of one 16-bit element each."""
+    header = FrameHeader(
+        transfer_tag(TRANSFER),
+        epoch=42,
+        sequence=0,
+        layer=1,
+        first_token=5,
+        num_tokens=2,
+        first_head=2,
+        num_heads=3,
+        encoding=kv_pb2.ENCODING_PLAIN,
+    )
+    return encode(header, (bytes(range(24)),))
+
+
 def kv_frame_end() -> bytes:
     """The last frame of the same transfer: 1,234 microseconds were exposed."""
-    return encode(FrameHeader(transfer_tag(TRANSFER), 42, 6, 0, 0, 0, flags=FLAG_END, exposed_us=1234))
+    return encode(FrameHeader(transfer_tag(TRANSFER), 42, 6, flags=FLAG_END, exposed_us=1234))
 
 
 FILES: dict[str, Callable[[], bytes]] = {
-    "kv_frame_v1.bin": kv_frame,
-    "kv_frame_v1_end.bin": kv_frame_end,
+    "kv_frame_v2.bin": kv_frame,
+    "kv_frame_v2_plain.bin": kv_frame_plain,
+    "kv_frame_v2_end.bin": kv_frame_end,
 }
 
 

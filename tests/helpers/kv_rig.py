@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent import futures
 from dataclasses import dataclass, field
 
@@ -11,9 +11,14 @@ import numpy as np
 import torch
 
 from joinwise.actors.kv.blocks import KvBlocks
-from joinwise.actors.kv.receiving import FetchSpec, Importer, LandingBudget
+from joinwise.actors.kv.client import KvClient
+from joinwise.actors.kv.frames import FrameHeader, split
+from joinwise.actors.kv.lanes import LanePool, LaneServer
+from joinwise.actors.kv.layout import LayerGeometry
+from joinwise.actors.kv.receiving import Fetch as KvFetch
+from joinwise.actors.kv.receiving import FetchReport, FetchSpec, Importer, LandingBudget
 from joinwise.actors.kv.sending import SendTable, SendTransfer
-from joinwise.actors.kv.transports.grpc import FETCH, LAYOUT, KvClient, KvServer
+from joinwise.actors.kv.server import FETCH, LAYOUT, KvServer
 from joinwise.proto import kv_pb2
 
 BLOCK_SIZE = 4
@@ -34,6 +39,13 @@ def make_caches(num_blocks: int, seed: int, layers: dict[str, tuple[int, ...]] =
     return {name: torch.randn((num_blocks, *shape), generator=generator) for name, shape in layers.items()}
 
 
+def decode(frame: bytes) -> tuple[FrameHeader, memoryview]:
+    """Header and payload of a frame in one piece, both verified."""
+    sealed, payload = split(frame)
+    sealed.verify([payload])
+    return sealed.header, payload
+
+
 class Sender:
     """A prefill worker: a table, a port, and a prefill that a test drives."""
 
@@ -47,6 +59,7 @@ class Sender:
         max_streams: int = 64,
         bind: str = "127.0.0.1:0",
         token: str = "",
+        kinds: Collection[str] = (),
         **layout: object,
     ) -> None:
         layers = layout.pop("layers", LAYERS)
@@ -62,6 +75,7 @@ class Sender:
             claim_timeout_s=claim_timeout_s,
             max_streams=max_streams,
             token=token,
+            lanes=LaneServer("127.0.0.1:0", token=token, kinds=kinds, max_lanes=64) if kinds else None,
         )
         self._noise = np.random.default_rng(seed)
 
@@ -79,8 +93,9 @@ class Sender:
             epoch=epoch,
             num_blocks=len(ids),
             num_layers=len(self.caches),
-            num_tokens=num_tokens or len(ids) * BLOCK_SIZE,
+            num_tokens=num_tokens or len(ids) * self.blocks.block_size,
             lease_s=lease_s,
+            block_size=self.blocks.block_size,
         )
         transfer.block_ids = ids
         self.table.open(transfer)
@@ -133,14 +148,22 @@ class Receiver:
     """A decode worker: blocks to import into, a budget, channels."""
 
     def __init__(
-        self, num_blocks: int = 64, *, seed: int = 2, landing_bytes: int = 1 << 20, token: str = "", **layout: object
+        self,
+        num_blocks: int = 64,
+        *,
+        seed: int = 2,
+        landing_bytes: int = 1 << 20,
+        token: str = "",
+        transport: str = "grpc",
+        **layout: object,
     ) -> None:
         layers = layout.pop("layers", LAYERS)
         self.caches = make_caches(num_blocks, seed, layers)  # type: ignore[arg-type]
         self.before = {name: cache.clone() for name, cache in self.caches.items()}
         self.blocks = KvBlocks(self.caches, **{**_LAYOUT, **layout})  # type: ignore[arg-type]
         self.budget = LandingBudget(landing_bytes)
-        self.client = KvClient(self.blocks, self.budget, token=token)
+        self.lanes = LanePool(token=token)
+        self.client = KvClient(self.blocks, self.budget, token=token, transport=transport, lanes=self.lanes)
 
     def fetch(
         self,
@@ -160,14 +183,14 @@ class Receiver:
             request_id=f"{name}.d",
             transfer_id=name,
             epoch=epoch,
-            peer=peer,
-            first_block=first_block,
+            peers=tuple(peer.split(",")),
+            first_token=first_block * self.blocks.block_size,
             block_ids=ids,
-            num_tokens=num_tokens or (first_block + len(ids)) * BLOCK_SIZE,
+            num_tokens=num_tokens or (first_block + len(ids)) * self.blocks.block_size,
             timeout_s=timeout_s,
             start_s=start_s,
         )
-        return Fetch(self, Importer(spec, self.blocks))
+        return Fetch(self, KvFetch(spec))
 
     def expect(self, transfer: dict[str, torch.Tensor], block_ids: Iterable[int], first_block: int = 0) -> None:
         """These blocks hold the transfer's content from `first_block` on: part of what must be there."""
@@ -200,10 +223,9 @@ class Fetch:
     """One fetch under way."""
 
     receiver: Receiver
-    importer: Importer
-    call: grpc.Call | None = None
+    fetch: KvFetch
+    report: FetchReport | None = None
     error: Exception | None = None
-    bytes: int = 0
     thread: threading.Thread = field(init=False)
 
     def __post_init__(self) -> None:
@@ -212,12 +234,33 @@ class Fetch:
 
     def _run(self) -> None:
         try:
-            self.bytes, _, _ = self.receiver.client.fetch(self.importer, self._attach)
+            self.report = self.receiver.client.fetch(self.fetch)
         except Exception as error:
             self.error = error
 
-    def _attach(self, call: grpc.Call) -> None:
-        self.call = call
+    @property
+    def importer(self) -> Importer:
+        """The importer of its (first) stream, once it has begun."""
+        eventually(lambda: bool(self.fetch.importers), "the sender is agreed with")
+        return self.fetch.importers[0]
+
+    @property
+    def landed(self) -> list[int]:
+        """Blocks that have landed, by layer."""
+        importer = self.importer
+        size = self.receiver.blocks.block_size
+        return [(tokens - self.fetch.spec.first_token) // size for tokens in importer.landed.values()]
+
+    @property
+    def bytes(self) -> int:
+        """Payload bytes of a fetch that succeeded."""
+        assert self.report is not None
+        return self.report.bytes
+
+    def cancel(self) -> None:
+        """Cancel its streams, and nothing else."""
+        for cancel in list(self.fetch._streams):
+            cancel()
 
     def join(self, seconds: float = 20.0) -> Exception | None:
         """Wait for its end; the error that ended it."""
@@ -229,13 +272,13 @@ class Fetch:
         """Wait for its end, which must be a good one."""
         error = self.join()
         assert error is None, error
-        assert self.importer.complete
+        assert self.fetch.complete
 
     def fail(self, code: grpc.StatusCode | None = None) -> Exception:
         """Wait for its end, which must be a bad one; its error."""
         error = self.join()
         assert error is not None
-        assert not self.importer.complete
+        assert not self.fetch.complete
         if code is not None:
             assert isinstance(error, grpc.RpcError)
             assert error.code() is code, error

@@ -3,8 +3,10 @@
 from types import SimpleNamespace
 
 import pytest
+from vllm.v1.outputs import KVConnectorOutput
 
-from joinwise.actors.vllm.connector.metadata import OpenReceive, OpenSend, SendStep, StepMetadata
+from joinwise.actors.kv.receiving import FetchSpec
+from joinwise.actors.vllm.connector.metadata import OpenSend, SendStep, StepMetadata
 from joinwise.actors.vllm.connector.scheduler import SchedulerConnector
 from joinwise.actors.vllm.handoff import Handoff
 
@@ -52,7 +54,7 @@ class Scheduler:
 
     def report(self, *, received=(), sent=()) -> None:
         names = [{each.request_id for each in group} or None for group in (received, sent)]
-        self.connector.on_worker_output(SimpleNamespace(finished_recving=names[0], finished_sending=names[1]))
+        self.connector.on_worker_output(KVConnectorOutput(finished_recving=names[0], finished_sending=names[1]))
 
     def assert_idle(self) -> None:
         assert self.connector.entries() == []
@@ -108,7 +110,7 @@ def test_only_the_tail_behind_the_prefix_hit_is_fetched(
     # vLLM has also allocated a block beyond the prompt.
     scheduler.connector.after_alloc(request, _blocks([20, 21, 22, 23, 24]), prompt - hit)
     metadata = scheduler.step()
-    assert metadata.receives == [OpenReceive("d", "d-transfer", 7, "peer:1", first, ids, prompt, 9.0)]
+    assert metadata.receives == [FetchSpec("d", "d-transfer", 7, ("peer:1",), first * BLOCK, ids, prompt, 9.0)]
     assert not metadata.released
     scheduler.connector.request_finished(request)
 
@@ -119,7 +121,7 @@ def test_asking_has_no_side_effect_and_allocation_decides(scheduler: Scheduler) 
         assert scheduler.connector.matched_tokens(request, hit) == (10 - hit, True)
     assert scheduler.step().receives == []
     scheduler.allocate(request, [1, 2, 3], hit=4)
-    assert [each.first_block for each in scheduler.step().receives] == [1]
+    assert [each.first_token for each in scheduler.step().receives] == [BLOCK]
     scheduler.connector.after_alloc(request, _blocks([1, 2, 3]), 0)  # vLLM's second call, after the load
     assert scheduler.step().receives == []
     scheduler.connector.request_finished(request)

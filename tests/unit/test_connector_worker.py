@@ -12,9 +12,11 @@ import torch
 from helpers.kv_rig import BLOCK_SIZE, LAYERS, eventually, make_caches
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
+from joinwise.actors.kv.blocks import KvBlocks
 from joinwise.actors.kv.frames import FrameRefusedError
-from joinwise.actors.kv.receiving import FetchReport, Importer
-from joinwise.actors.vllm.connector.metadata import OpenReceive, OpenSend, SendStep, StepMetadata
+from joinwise.actors.kv.layout import plan
+from joinwise.actors.kv.receiving import Fetch, FetchReport, FetchSpec, Importer, LandingBudget
+from joinwise.actors.vllm.connector.metadata import OpenSend, SendStep, StepMetadata
 from joinwise.actors.vllm.connector.worker import KvSettings, WorkerConnector
 
 NOTHING = KVConnectorTransferResults()
@@ -27,13 +29,10 @@ class Worker:
         self.caches = make_caches(64, seed)
         self.reports: dict[str, FetchReport] = {}
         self.wakes = 0
-        self.connector = WorkerConnector(
-            KvSettings(**{"frame_bytes": 600, **settings}),  # type: ignore[arg-type]
-            BLOCK_SIZE,
-            wake=self._wake,
-            on_report=lambda report: self.reports.__setitem__(report.request_id, report),
-        )
+        self.connector = WorkerConnector(BLOCK_SIZE, wake=self._wake)
         self.connector.register(self.caches)
+        given = KvSettings(**{"frame_bytes": 600, "model_digest": "model", **settings})  # type: ignore[arg-type]
+        self.port = self.connector.open(given, {}, "test")
         self.received: Counter[str] = Counter()
         self.failed: set[str] = set()
         self.sent: Counter[str] = Counter()
@@ -59,6 +58,11 @@ class Worker:
         self.sent.update(results.finished_sending)
         assert results.failed_recving <= results.finished_recving
         self.failed |= results.failed_recving
+        reports = self.connector.take_reports()
+        for report in reports.reports if reports else ():
+            assert report.request_id not in self.reports, "each is told of once"
+            self.reports[report.request_id] = report
+        assert results.finished_recving == {report.request_id for report in (reports.reports if reports else ())}
         return results
 
     def step_until(self, done: Callable[[], bool], what: str) -> None:
@@ -69,17 +73,18 @@ class Worker:
         eventually(once, what)
 
     def assert_idle(self) -> None:
-        eventually(lambda: self.connector.streams == 0, "streams end")
-        assert self.connector.entries() == []
-        assert self.connector.landing_bytes == 0
+        eventually(lambda: self.connector.status().streams == 0, "streams end")
+        status = self.connector.status()
+        assert status.entries == []
+        assert status.landing_bytes == 0
         assert not self.connector._released
         assert set(self.received.values()) <= {1}, "each request is reported once"
         assert set(self.sent.values()) <= {1}
 
 
-def _receive(name: str = "r", blocks: tuple[int, ...] = (1, 2), peer: str = "nowhere:1", **more) -> OpenReceive:
-    fields = {"first_block": 0, "num_tokens": len(blocks) * BLOCK_SIZE, "timeout_s": 10.0, **more}
-    return OpenReceive(request_id=name, transfer_id=f"{name}-t", epoch=1, peer=peer, block_ids=blocks, **fields)
+def _receive(name: str = "r", blocks: tuple[int, ...] = (1, 2), peer: str = "nowhere:1", **more) -> FetchSpec:
+    fields = {"first_token": 0, "num_tokens": len(blocks) * BLOCK_SIZE, "timeout_s": 10.0, **more}
+    return FetchSpec(request_id=name, transfer_id=f"{name}-t", epoch=1, peers=(peer,), block_ids=blocks, **fields)
 
 
 def _start(*names: str, **more) -> StepMetadata:
@@ -91,35 +96,31 @@ class ScriptedClient:
 
     def __init__(self) -> None:
         self.gates: dict[str, threading.Event] = {}
-        self.endings: dict[str, Callable[[Importer], None]] = {}
+        self.endings: dict[str, Callable[[Fetch], None]] = {}
+        self.links: dict = {}
         self.cancelled: set[str] = set()
         self.started: set[str] = set()
 
-    def fetch(self, importer: Importer, on_call: Callable[[object], None]) -> tuple[int, float, float]:
-        name = importer.spec.request_id
+    def fetch(self, fetch: Fetch) -> FetchReport:
+        name = fetch.spec.request_id
         gate = self.gates.setdefault(name, threading.Event())
         self.started.add(name)
-        on_call(_Call(self, name))
+        fetch.attach(lambda: self._cancel(name))
         assert gate.wait(10)
-        self.endings.get(name, _complete)(importer)
-        return 100, 0.1, 0.01
+        self.endings.get(name, _complete)(fetch)
+        return FetchReport(name, 100, 0.1, 0.0, 0.01)
 
-    def end(self, name: str, ending: Callable[[Importer], None]) -> None:
+    def _cancel(self, name: str) -> None:
+        self.cancelled.add(name)
+        self.endings.setdefault(name, _cancelled)
+        self.gates.setdefault(name, threading.Event()).set()
+
+    def end(self, name: str, ending: Callable[[Fetch], None]) -> None:
         self.endings[name] = ending
         self.gates.setdefault(name, threading.Event()).set()
 
     def close(self) -> None:
         pass
-
-
-class _Call:
-    def __init__(self, client: ScriptedClient, name: str) -> None:
-        self._client, self._name = client, name
-
-    def cancel(self) -> None:
-        self._client.cancelled.add(self._name)
-        self._client.endings.setdefault(self._name, _cancelled)
-        self._client.gates.setdefault(self._name, threading.Event()).set()
 
 
 class _RpcFailure(grpc.RpcError):
@@ -133,30 +134,33 @@ class _RpcFailure(grpc.RpcError):
         return "scripted"
 
 
-def _complete(importer: Importer) -> None:
-    with importer._lock:
-        if importer._fenced:
-            raise FrameRefusedError("fenced", "the transfer was cancelled")
-        importer.complete = True
+_BLOCKS = KvBlocks(make_caches(4, 1), block_size=BLOCK_SIZE, interior="test", model_digest="model")
 
 
-def _cancelled(importer: Importer) -> None:
+def _complete(fetch: Fetch) -> None:
+    (whole,) = plan([_BLOCKS.layout], 0, [_BLOCKS.layout])
+    importer = Importer(fetch.spec, _BLOCKS, whole, LandingBudget(1))
+    fetch.begin([importer])
+    importer.complete = True
+
+
+def _cancelled(fetch: Fetch) -> None:
     raise _RpcFailure(grpc.StatusCode.CANCELLED)
 
 
-def _unavailable(importer: Importer) -> None:
+def _unavailable(fetch: Fetch) -> None:
     raise _RpcFailure(grpc.StatusCode.UNAVAILABLE)
 
 
-def _damaged(importer: Importer) -> None:
+def _damaged(fetch: Fetch) -> None:
     raise FrameRefusedError("checksum", "scripted")
 
 
-def _bug(importer: Importer) -> None:
+def _bug(fetch: Fetch) -> None:
     raise ZeroDivisionError("scripted")
 
 
-def _cut_short(importer: Importer) -> None:
+def _cut_short(fetch: Fetch) -> None:
     pass
 
 
@@ -174,8 +178,8 @@ def _client(worker: Worker) -> ScriptedClient:
     return worker.connector._client
 
 
-def _over(worker: Worker, name: str) -> None:
-    eventually(lambda: name in worker.reports, "the fetch is over")
+def _over(worker: Worker) -> None:
+    eventually(lambda: worker.connector.status().streams == 0, "the fetch is over")
 
 
 # Receiving: reported exactly once, when both imported and released.
@@ -184,10 +188,10 @@ def _over(worker: Worker, name: str) -> None:
 def test_imported_then_released(worker: Worker) -> None:
     assert worker.step(_start("r")) == NOTHING
     _client(worker).end("r", _complete)
-    _over(worker, "r")
+    _over(worker)
     assert worker.wakes, "an idle engine steps at once"
     assert worker.step() == NOTHING, "not before it is released"
-    assert worker.connector.entries() == ["fetch of r"]
+    assert worker.connector.status().entries == ["fetch of r"]
     assert worker.step(StepMetadata(released={"r"})) == KVConnectorTransferResults(finished_recving={"r"})
     assert worker.step(StepMetadata()) == NOTHING
     assert worker.connector.counters == {"completed": 1}
@@ -199,7 +203,7 @@ def test_released_then_imported(worker: Worker) -> None:
     assert worker.step(_start("r", released={"r"})) == NOTHING
     assert worker.step() == NOTHING, "not before it is imported"
     _client(worker).end("r", _complete)
-    _over(worker, "r")
+    _over(worker)
     assert worker.step().finished_recving == {"r"}
     assert not worker.failed
 
@@ -219,7 +223,7 @@ def test_a_failed_fetch_recomputes_once_released(
 ) -> None:
     worker.step(_start("r", released={"r"} if released_first else set()))
     _client(worker).end("r", ending)
-    _over(worker, "r")
+    _over(worker)
     if not released_first:
         assert worker.step() == NOTHING
         results = worker.step(StepMetadata(released={"r"}))
@@ -236,7 +240,7 @@ def test_an_abort_is_reported_at_once_and_never_as_failed(worker: Worker, releas
     eventually(lambda: "r" in _client(worker).started, "the fetch runs")
     results = worker.step(StepMetadata(stop_receives={"r"}))
     assert results == KVConnectorTransferResults(finished_recving={"r"})
-    _over(worker, "r")
+    _over(worker)
     assert _client(worker).cancelled == {"r"}
     assert worker.step() == NOTHING
     assert worker.connector.counters == {"failed": 1}, "no frame was refused, no stream has failed"
@@ -246,40 +250,41 @@ def test_an_abort_is_reported_at_once_and_never_as_failed(worker: Worker, releas
 def test_an_abort_does_not_wait_for_a_fetch_that_cannot_be_cancelled_yet(worker: Worker) -> None:
     """Its thread hangs in a handshake with a dead host: the fence alone makes the blocks free."""
     stuck = threading.Event()
-    importers: list[Importer] = []
+    fetches: list[Fetch] = []
 
-    def fetch(importer: Importer, on_call: Callable) -> None:
-        importers.append(importer)
+    def hang(fetch: Fetch) -> FetchReport:
+        fetches.append(fetch)
         assert stuck.wait(10)
         raise _RpcFailure(grpc.StatusCode.DEADLINE_EXCEEDED)
 
-    worker.connector._client.fetch = fetch
+    worker.connector._client.fetch = hang
     worker.step(_start("r"))
-    eventually(lambda: bool(importers), "the fetch runs")
+    eventually(lambda: bool(fetches), "the fetch runs")
     assert worker.step(StepMetadata(stop_receives={"r"})).finished_recving == {"r"}
-    assert importers[0]._fenced
-    assert worker.connector.streams == 1, "its thread is still counted"
+    with pytest.raises(FrameRefusedError, match="fenced"):
+        fetches[0].begin([])
+    assert worker.connector.status().streams == 1, "its thread is still counted"
     stuck.set()
 
 
 def test_an_abort_after_completion_before_the_report(worker: Worker) -> None:
     worker.step(_start("r"))
     _client(worker).end("r", _complete)
-    _over(worker, "r")
+    _over(worker)
     assert worker.step(StepMetadata(stop_receives={"r"})) == KVConnectorTransferResults(finished_recving={"r"})
     assert worker.step() == NOTHING
 
 
 def test_an_abort_in_the_step_that_starts_the_fetch(worker: Worker) -> None:
     assert worker.step(_start("r", stop_receives={"r"})).finished_recving == {"r"}
-    _over(worker, "r")
+    _over(worker)
     assert worker.reports["r"].failure == "the request was aborted"
 
 
 def test_an_abort_after_the_report_is_nothing(worker: Worker) -> None:
     worker.step(_start("r", released={"r"}))
     _client(worker).end("r", _complete)
-    _over(worker, "r")
+    _over(worker)
     assert worker.step().finished_recving == {"r"}
     assert worker.step(StepMetadata(stop_receives={"r"}, fail_receives={"r"})) == NOTHING
 
@@ -289,7 +294,7 @@ def test_a_sender_that_failed_recomputes_at_once(worker: Worker) -> None:
     eventually(lambda: "r" in _client(worker).started, "the fetch runs")
     results = worker.step(StepMetadata(fail_receives={"r"}, released={"r"}))
     assert results == KVConnectorTransferResults(finished_recving={"r"}, failed_recving={"r"})
-    _over(worker, "r")
+    _over(worker)
     assert worker.reports["r"].failure == "the sender has failed"
     assert worker.connector.counters == {"failed": 1}
 
@@ -297,7 +302,7 @@ def test_a_sender_that_failed_recomputes_at_once(worker: Worker) -> None:
 def test_a_sender_that_failed_after_all_had_landed_is_not_recomputed(worker: Worker) -> None:
     worker.step(_start("r"))
     _client(worker).end("r", _complete)
-    _over(worker, "r")
+    _over(worker)
     results = worker.step(StepMetadata(fail_receives={"r"}, released={"r"}))
     assert results == KVConnectorTransferResults(finished_recving={"r"})
     assert worker.connector.counters == {"completed": 1}
@@ -307,19 +312,7 @@ def test_a_failed_sender_and_an_abort_together_are_an_abort(worker: Worker) -> N
     worker.step(_start("r"))
     results = worker.step(StepMetadata(fail_receives={"r"}, stop_receives={"r"}, released={"r"}))
     assert results == KVConnectorTransferResults(finished_recving={"r"})
-    _over(worker, "r")
-
-
-def test_a_report_that_nobody_takes_still_wakes_the_engine(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    def closed(report: FetchReport) -> None:
-        raise RuntimeError("event loop is closed")
-
-    worker.connector._on_report = closed
-    worker.step(_start("r", released={"r"}))
-    before = worker.wakes
-    _client(worker).end("r", _complete)
-    eventually(lambda: worker.wakes > before, "the engine is woken")
-    worker.step_until(lambda: worker.received["r"] == 1, "it is reported")
+    _over(worker)
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -358,8 +351,9 @@ def test_abort_races_completion(worker: Worker, seed: int) -> None:
         worker.step(metadata)
     wire.join()
     worker.step_until(lambda: len(worker.received) == len(names), "all are reported")
-    eventually(lambda: len(worker.reports) == len(names), "all fetches are over")
+    eventually(lambda: worker.connector.status().streams == 0, "all fetches are over")
     worker.step()
+    assert set(worker.reports) == set(names)
     assert not worker.failed & aborted
     for name in set(names) - aborted:
         assert (name in worker.failed) == bool(worker.reports[name].failure)
@@ -387,6 +381,12 @@ def _write(worker: Worker, blocks: list[int], value: float) -> Callable[[str], N
     return forward
 
 
+def _landed(worker: Worker) -> list[int]:
+    """Tokens of request "r" that have landed, by layer."""
+    importers = worker.connector._receives["r"].fetch.importers
+    return list(importers[0].landed.values()) if importers else []
+
+
 def _open(name: str, tokens: int) -> list[OpenSend]:
     return [OpenSend(name, f"{name}-t", 1, tokens)]
 
@@ -396,13 +396,13 @@ def test_a_chunked_prefill_reaches_the_other_worker(pair: tuple[Worker, Worker])
     tokens = 3 * BLOCK_SIZE - 1
     decode.step(
         StepMetadata(
-            receives=[_receive(blocks=(7, 8, 9), peer=prefill.connector.server.address, num_tokens=tokens)],
+            receives=[_receive(blocks=(7, 8, 9), peer=prefill.port.address, num_tokens=tokens)],
             released={"r"},
         )
     )
     first = StepMetadata(open_sends=_open("r", tokens), sends=[SendStep("r", (3, 4), 6)])
     prefill.step(first, forward=_write(prefill, [3, 4], 1.5))
-    eventually(lambda: decode.connector._receives["r"].importer._landed == [1, 1, 1, 1], "one full block lands")
+    eventually(lambda: _landed(decode) == [BLOCK_SIZE] * 4, "one full block lands")
     assert decode.step() == NOTHING
     prefill.step(StepMetadata(sends=[SendStep("r", (3, 4, 11), tokens)]), forward=_write(prefill, [4, 11], 2.5))
     decode.step_until(lambda: decode.received["r"] == 1, "all has landed")
@@ -423,7 +423,7 @@ def test_a_chunked_prefill_reaches_the_other_worker(pair: tuple[Worker, Worker])
 def test_a_prefix_hit_that_this_very_step_computes_is_not_sent_before_it(pair: tuple[Worker, Worker]) -> None:
     """VLLM shares a block as soon as it is scheduled: two equal prompts in one step, one computes for both."""
     prefill, decode = pair
-    peer = prefill.connector.server.address
+    peer = prefill.port.address
     receives = [_receive("a", (1, 2), peer=peer), _receive("b", (3, 4), peer=peer)]
     decode.step(StepMetadata(receives=receives, released={"a", "b"}))
     eventually(lambda: prefill.connector.server.open_streams == 2, "both receivers wait")
@@ -445,7 +445,7 @@ def test_a_prefix_hit_that_this_very_step_computes_is_not_sent_before_it(pair: t
 
 def test_a_preempted_sender_fails_its_receiver(pair: tuple[Worker, Worker]) -> None:
     prefill, decode = pair
-    decode.step(StepMetadata(receives=[_receive(peer=prefill.connector.server.address)], released={"r"}))
+    decode.step(StepMetadata(receives=[_receive(peer=prefill.port.address)], released={"r"}))
     prefill.step(StepMetadata(open_sends=_open("r", 8), sends=[SendStep("r", (3, 4), 4)]))
     prefill.step(StepMetadata(preempted={"r"}, close_sends={"r": "preempted"}), forward=_write(prefill, [3, 4], 9.0))
     decode.step_until(lambda: decode.received["r"] == 1, "it is reported")
@@ -473,9 +473,9 @@ def test_a_sender_that_was_aborted_before_it_ran(pair: tuple[Worker, Worker]) ->
 
 def test_an_abort_mid_way_frees_both_ends(pair: tuple[Worker, Worker]) -> None:
     prefill, decode = pair
-    decode.step(StepMetadata(receives=[_receive(peer=prefill.connector.server.address)]))
+    decode.step(StepMetadata(receives=[_receive(peer=prefill.port.address)]))
     prefill.step(StepMetadata(open_sends=_open("r", 8), sends=[SendStep("r", (3, 4), 4)]))
-    eventually(lambda: decode.connector._receives["r"].importer._landed == [1, 1, 1, 1], "half has landed")
+    eventually(lambda: _landed(decode) == [BLOCK_SIZE] * 4, "half has landed")
     assert decode.step(StepMetadata(stop_receives={"r"})).finished_recving == {"r"}
     for cache in decode.caches.values():
         cache[:] = 0
@@ -489,7 +489,7 @@ def test_nobody_fetches_it(worker: Worker) -> None:
     late = Worker(3, lease_s=0.1)
     late.step(StepMetadata(open_sends=_open("r", 8), sends=[SendStep("r", (3, 4), 8)]))
     late.step(finished={"r"})
-    assert late.connector.entries() == ["send r-t of request r"]
+    assert late.connector.status().entries == ["send r-t of request r"]
     late.step_until(lambda: late.sent["r"] == 1, "its lease ends")
     late.assert_idle()
     late.connector.shutdown()
@@ -501,7 +501,7 @@ def test_many_requests_with_aborts_and_preemptions(pair: tuple[Worker, Worker], 
     prefill, decode = pair
     dice = random.Random(seed)
     there, here = dice.sample(range(64), 64), dice.sample(range(64), 64)
-    peer = prefill.connector.server.address
+    peer = prefill.port.address
     lives = {}
     for index in range(24):
         count = dice.randint(1, 2)

@@ -1,7 +1,7 @@
 """The KV connector as vLLM loads it: thin, it hands every call to the half that this object is."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,9 +16,9 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import KVConnectorOutput
 
 from joinwise.actors.kv.receiving import FetchReport
-from joinwise.actors.vllm.connector.metadata import StepMetadata
+from joinwise.actors.vllm.connector.metadata import StepMetadata, StepReports
 from joinwise.actors.vllm.connector.scheduler import SchedulerConnector
-from joinwise.actors.vllm.connector.worker import KvSettings, WorkerConnector
+from joinwise.actors.vllm.connector.worker import WorkerConnector
 
 if TYPE_CHECKING:
     from vllm.forward_context import ForwardContext
@@ -33,17 +33,16 @@ NAME = "JoinwiseConnector"
 
 @dataclass
 class ConnectorHost:
-    """What the engine process gives to its connector, and gets from it.
+    """What the process that steps an engine gives to its connector, and gets from it.
 
     vLLM builds the connector from its configuration alone; this is the one place where the two
-    meet. An engine process has one engine and therefore one host (`host`).
+    meet. Such a process has one engine and therefore one host (`host`). Ranks may run in processes
+    of their own, where it stays empty: see `ports`.
     """
 
-    settings: KvSettings = field(default_factory=KvSettings)
     wake: Callable[[], None] = lambda: None
     on_report: Callable[[FetchReport], None] = lambda _: None
     scheduler: SchedulerConnector | None = None
-    worker: WorkerConnector | None = None
 
 
 host = ConnectorHost()
@@ -60,11 +59,9 @@ class JoinwiseConnector(KVConnectorBase_V1):
             raise NotImplementedError(f"KV hand-off supports one KV cache group; layer {names[0]!r} is in another")
         block_size = groups[0].kv_cache_spec.block_size
         if role is KVConnectorRole.SCHEDULER:
-            self._scheduler = host.scheduler = SchedulerConnector(block_size)
+            self._scheduler = host.scheduler = SchedulerConnector(block_size, host.on_report)
         else:
-            self._worker = host.worker = WorkerConnector(
-                host.settings, block_size, kv_cache_config.num_blocks, wake=host.wake, on_report=host.on_report
-            )
+            self.worker = WorkerConnector(block_size, kv_cache_config.num_blocks, wake=host.wake)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -75,24 +72,24 @@ class JoinwiseConnector(KVConnectorBase_V1):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """See `WorkerConnector.register`."""
-        self._worker.register(kv_caches)
+        self.worker.register(kv_caches)
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         """See `WorkerConnector.preempt`."""
         assert isinstance(kv_connector_metadata, StepMetadata)
-        self._worker.preempt(kv_connector_metadata)
+        self.worker.preempt(kv_connector_metadata)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """First call of a step: senders are opened before the forward pass."""
         super().bind_connector_metadata(connector_metadata)
         assert isinstance(connector_metadata, StepMetadata)
-        self._worker.begin(connector_metadata)
+        self.worker.begin(connector_metadata)
 
     def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
         """Asynchronous loads only; vLLM may call this after the forward pass."""
         metadata = self._get_connector_metadata()
         assert isinstance(metadata, StepMetadata)
-        self._worker.start_receives(metadata)
+        self.worker.start_receives(metadata)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing to wait for: a request is scheduled only when its KV is there."""
@@ -101,20 +98,24 @@ class JoinwiseConnector(KVConnectorBase_V1):
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: "AttentionMetadata", **kwargs: Any
     ) -> None:
         """See `WorkerConnector.layer_done`."""
-        self._worker.layer_done(layer_name)
+        self.worker.layer_done(layer_name)
 
     def wait_for_save(self) -> None:
         """Blocks are kept until sent, so nothing is waited for."""
-        self._worker.end_step()
+        self.worker.end_step()
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         """See `WorkerConnector.transfer_results`."""
-        return self._worker.transfer_results(finished_req_ids)
+        return self.worker.transfer_results(finished_req_ids)
+
+    def build_connector_worker_meta(self) -> StepReports | None:
+        """See `WorkerConnector.take_reports`."""
+        return self.worker.take_reports()
 
     def shutdown(self) -> None:
         """End all transfers."""
         if self.role is KVConnectorRole.WORKER:
-            self._worker.shutdown()
+            self.worker.shutdown()
 
     # Scheduler half.
 

@@ -1,8 +1,10 @@
-"""What the scheduler half of the connector tells the worker half, once per engine step."""
+"""What the two halves of the connector tell each other, once per engine step."""
 
 from dataclasses import dataclass, field
 
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
+
+from joinwise.actors.kv.receiving import FetchReport, FetchSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,27 +32,13 @@ class OpenSend:
     num_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class OpenReceive:
-    """A request whose blocks are allocated and whose KV is to be fetched."""
-
-    request_id: str
-    transfer_id: str
-    epoch: int
-    peer: str
-    first_block: int
-    block_ids: tuple[int, ...]
-    num_tokens: int
-    timeout_s: float
-
-
 @dataclass
 class StepMetadata(KVConnectorMetadata):
     """Everything the worker half must do in one step."""
 
     open_sends: list[OpenSend] = field(default_factory=list)
     sends: list[SendStep] = field(default_factory=list)
-    receives: list[OpenReceive] = field(default_factory=list)
+    receives: list[FetchSpec] = field(default_factory=list)
     released: set[str] = field(default_factory=set)
     """Receiving requests that may go on as soon as their KV is there."""
     stop_receives: set[str] = field(default_factory=set)
@@ -60,3 +48,15 @@ class StepMetadata(KVConnectorMetadata):
     close_sends: dict[str, str] = field(default_factory=dict)
     """Sending requests to stop, with the reason."""
     preempted: set[str] = field(default_factory=set)
+
+
+@dataclass
+class StepReports(KVConnectorWorkerMetadata):
+    """What imports that a rank reports in this step have cost; one for each of them."""
+
+    reports: list[FetchReport] = field(default_factory=list)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> "StepReports":
+        """The reports of several ranks."""
+        assert isinstance(other, StepReports)
+        return StepReports([*self.reports, *other.reports])

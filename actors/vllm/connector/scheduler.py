@@ -6,13 +6,15 @@ preemption it is an ordinary request that computes its own prompt.
 """
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import KVConnectorOutput
 
-from joinwise.actors.vllm.connector.metadata import OpenReceive, OpenSend, SendStep, StepMetadata
+from joinwise.actors.kv.receiving import FetchReport, FetchSpec
+from joinwise.actors.vllm.connector.metadata import OpenSend, SendStep, StepMetadata, StepReports
 from joinwise.actors.vllm.handoff import Handoff
 
 if TYPE_CHECKING:
@@ -48,10 +50,13 @@ class SchedulerConnector:
 
     Args:
         block_size: tokens per KV block.
+        on_report: gets the report of every ended import, on the stepping thread.
     """
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, on_report: Callable[[FetchReport], None] = lambda _: None) -> None:
         self._block_size = block_size
+        self._on_report = on_report
+        self._reports: dict[str, FetchReport] = {}
         self._receives: dict[str, _Receive] = {}
         self._sends: dict[str, _Send] = {}
         self._held: set[str] = set()
@@ -87,6 +92,7 @@ class SchedulerConnector:
             *(f"receive {name} ({r.state.value})" for name, r in self._receives.items()),
             *(f"send {name}" for name in self._sends),
             *(f"held {name}" for name in self._held),
+            *(f"report of {name}" for name in self._reports),
         ]
 
     # Called by vLLM's scheduler.
@@ -127,12 +133,12 @@ class SchedulerConnector:
         last = -(-request.num_prompt_tokens // self._block_size)
         handoff = receive.handoff
         self._next.receives.append(
-            OpenReceive(
+            FetchSpec(
                 request_id=request.request_id,
                 transfer_id=handoff.transfer_id,
                 epoch=handoff.epoch,
-                peer=handoff.peer,
-                first_block=first,
+                peers=tuple(handoff.peer.split(",")),
+                first_token=first * self._block_size,
                 block_ids=tuple(blocks.get_block_ids()[0][first:last]),
                 num_tokens=request.num_prompt_tokens,
                 timeout_s=handoff.timeout_s,
@@ -164,8 +170,16 @@ class SchedulerConnector:
         return metadata
 
     def on_worker_output(self, output: KVConnectorOutput) -> None:
-        """The worker half has reported requests."""
+        """The worker halves have reported requests."""
+        if isinstance(output.kv_connector_worker_meta, StepReports):
+            for report in output.kv_connector_worker_meta.reports:
+                if (earlier := self._reports.get(report.request_id)) is not None:
+                    earlier.merge(report)
+                else:
+                    self._reports[report.request_id] = report
         for request_id in output.finished_recving or ():
+            if (report := self._reports.pop(request_id, None)) is not None:
+                self._on_report(report)
             receive = self._receives.get(request_id)
             if receive is not None:
                 receive.state = ReceiveState.OVER

@@ -9,20 +9,25 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import grpc
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
 from joinwise.actors.kv.blocks import KvBlocks
+from joinwise.actors.kv.client import KvClient
 from joinwise.actors.kv.frames import FrameRefusedError
-from joinwise.actors.kv.receiving import FetchReport, FetchSpec, Importer, LandingBudget
+from joinwise.actors.kv.lanes import LanePool, LaneServer
+from joinwise.actors.kv.layout import LayerGeometry, LayoutMismatchError
+from joinwise.actors.kv.receiving import Fetch, FetchReport, FetchSpec, LandingBudget
 from joinwise.actors.kv.sending import SendTable, SendTransfer
-from joinwise.actors.kv.transports.grpc import KvClient, KvServer
-from joinwise.actors.vllm.connector.metadata import OpenReceive, StepMetadata
+from joinwise.actors.kv.server import KvServer
+from joinwise.actors.vllm.connector.metadata import StepMetadata, StepReports
+from joinwise.proto import kv_pb2
 
 logger = logging.getLogger(__name__)
 
@@ -36,59 +41,72 @@ _STOPPED = {"abort": "the request was aborted", "fail": "the sender has failed"}
 class KvSettings:
     """How a worker ships KV. Sizes in bytes, times in seconds."""
 
-    bind: str = "127.0.0.1:0"
+    host: str = "127.0.0.1"
+    """Address to listen on; ports are chosen by the system."""
+    transport: str = "auto"
     frame_bytes: int = 1 << 20
     landing_bytes: int = 64 << 20
     lease_s: float = 60.0
     max_streams: int = 1024
     """Streams open at once, those that wait for their prefill included; see `KvServer`."""
     model_digest: str = ""
-    interior: str = ""
     token: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True)
+class KvPort:
+    """Where one rank serves its KV, and how that lies in memory (a serialized `kv_pb2.KvLayout`)."""
+
+    address: str
+    layout: bytes
+
+
+@dataclass
+class KvStatus:
+    """What one rank holds and has done."""
+
+    entries: list[str]
+    streams: int
+    landing_bytes: int
+    counters: Counter[str]
+    links: dict[str, dict[str, Any]]
+    """By the sender's address: transport, why, bytes_per_s and counts."""
 
 
 @dataclass
 class _Receive:
-    importer: Importer
-    call: grpc.Call | None = None
-    outcome: FetchReport | None = None
+    fetch: Fetch
+    report: FetchReport
+    over: bool = False
+    """Its thread has ended."""
     stopped: str = ""
     """ "abort" or "fail": what the scheduler half said. Set only after the fence."""
 
 
 class WorkerConnector:
-    """Work of the worker half.
+    """Work of the worker half, on one rank.
 
     Args:
-        settings: sizes and times.
         block_size: tokens per KV block.
         num_blocks: KV blocks of each layer.
         wake: called from any thread when the engine should step.
-        on_report: gets the report of every ended fetch, from any thread.
     """
 
-    def __init__(
-        self,
-        settings: KvSettings,
-        block_size: int,
-        num_blocks: int | None = None,
-        *,
-        wake: Callable[[], None],
-        on_report: Callable[[FetchReport], None],
-    ) -> None:
-        self._settings = settings
+    def __init__(self, block_size: int, num_blocks: int | None = None, *, wake: Callable[[], None]) -> None:
+        self._settings = KvSettings()
         self._block_size = block_size
         self._num_blocks = num_blocks
         self._wake = wake
-        self._on_report = on_report
         self._table = SendTable(wake)
-        self._budget = LandingBudget(settings.landing_bytes)
+        self._budget = LandingBudget(self._settings.landing_bytes)
         self._receives: dict[str, _Receive] = {}
         self._released: set[str] = set()
+        self._reports: list[FetchReport] = []
         self._fetching = 0
         self._pool = ThreadPoolExecutor(_FETCH_THREADS, thread_name_prefix="kv-fetch")
         self._lock = threading.Lock()
         self._layer_index: dict[str, int] = {}
+        self.caches: dict[str, torch.Tensor] = {}
         self._step: list[tuple[SendTransfer, int]] = []
         self.counters: Counter[str] = Counter()
         self.blocks: KvBlocks | None = None
@@ -98,30 +116,58 @@ class WorkerConnector:
     # Start and stop.
 
     def register(self, caches: dict[str, torch.Tensor]) -> None:
-        """Take vLLM's cache tensors and open the KV port.
+        """Take vLLM's cache tensors."""
+        self.caches = caches
+        self._layer_index = {name: index for index, name in enumerate(caches)}
+
+    def open(self, settings: KvSettings, geometry: Mapping[str, LayerGeometry], interior: str) -> KvPort:
+        """Open the KV port, before the first request.
+
+        Args:
+            settings: sizes, times, addresses.
+            geometry: what the elements of each layer's blocks are, where that is known.
+            interior: who laid out the inside of a block.
 
         Raises:
             UnsupportedKvCacheError: a layer whose cache cannot be shipped.
         """
-        settings = self._settings
+        self._settings = settings
+        self._budget = LandingBudget(settings.landing_bytes)
         self.blocks = KvBlocks(
-            caches,
+            self.caches,
             block_size=self._block_size,
-            interior=settings.interior,
+            interior=interior,
             model_digest=settings.model_digest,
             num_blocks=self._num_blocks,
+            geometry=geometry,
         )
-        self._layer_index = {name: index for index, name in enumerate(self.blocks.layer_names)}
-        self._client = KvClient(self.blocks, self._budget, token=settings.token)
+        kinds = {"auto": ("shm", "tcp"), "grpc": ()}.get(settings.transport, (settings.transport,))
+        lanes = None
+        if kinds:
+            lanes = LaneServer(f"{settings.host}:0", token=settings.token, kinds=kinds, max_lanes=settings.max_streams)
+        self._client = KvClient(
+            self.blocks,
+            self._budget,
+            token=settings.token,
+            transport=settings.transport,
+            lanes=LanePool(token=settings.token) if kinds else None,
+        )
         self.server = KvServer(
             self._table,
             self.blocks,
-            bind=settings.bind,
+            bind=f"{settings.host}:0",
             frame_bytes=settings.frame_bytes,
             claim_timeout_s=settings.lease_s,
             max_streams=settings.max_streams,
             token=settings.token,
+            lanes=lanes,
         )
+        return KvPort(self.server.address, self.blocks.layout.SerializeToString())
+
+    def set_ranks(self, rank: int, layouts: Sequence[bytes]) -> None:
+        """All ranks of this worker are open: this is one of them."""
+        if self._client is not None:
+            self._client.set_ranks(rank, [kv_pb2.KvLayout.FromString(each) for each in layouts])
 
     def shutdown(self) -> None:
         """End every transfer and close the port."""
@@ -133,19 +179,19 @@ class WorkerConnector:
             self._client.close()
         self._pool.shutdown(wait=True)
 
-    def entries(self) -> list[str]:
-        """Names of everything held, for `assert_idle`."""
-        return [*self._table.held(), *(f"fetch of {name}" for name in list(self._receives))]
-
-    @property
-    def streams(self) -> int:
-        """Open KV streams, both directions."""
-        return (self.server.open_streams if self.server else 0) + self._fetching
-
-    @property
-    def landing_bytes(self) -> int:
-        """Bytes received and not yet in their blocks."""
-        return self._budget.used
+    def status(self) -> KvStatus:
+        """What is held and has been done; from any thread."""
+        links = dict(self._client.links) if self._client is not None else {}
+        return KvStatus(
+            entries=[*self._table.held(), *(f"fetch of {name}" for name in list(self._receives))],
+            streams=(self.server.open_streams if self.server else 0) + self._fetching,
+            landing_bytes=self._budget.used,
+            counters=Counter(self.counters),
+            links={
+                peer: {"transport": link.transport, "why": link.why, "bytes_per_s": link.bytes_per_s, **link.counts}
+                for peer, link in links.items()
+            },
+        )
 
     # One engine step, in vLLM's order.
 
@@ -170,6 +216,7 @@ class WorkerConnector:
                     num_layers=len(self._layer_index),
                     lease_s=self._settings.lease_s,
                     num_tokens=send.num_tokens,
+                    block_size=self._block_size,
                 )
             )
         for request_id, reason in metadata.close_sends.items():
@@ -214,92 +261,77 @@ class WorkerConnector:
         with self._lock:
             for request_id, receive in list(self._receives.items()):
                 # Stopped means fenced: it can be reported though its thread may not have noticed.
-                if receive.outcome is None and not receive.stopped:
+                if not receive.over and not receive.stopped:
                     continue
                 if receive.stopped != "abort" and request_id not in self._released:
                     continue
                 del self._receives[request_id]
                 self._released.discard(request_id)
                 results.finished_recving.add(request_id)
-                if receive.stopped != "abort" and not receive.importer.complete:
+                if receive.stopped != "abort" and not receive.fetch.complete:
                     results.failed_recving.add(request_id)
+                if not receive.fetch.complete and receive.stopped:  # what its stream then said tells nothing
+                    receive.report = replace(receive.report, failure=_STOPPED[receive.stopped])
+                self._reports.append(receive.report)
         return results
+
+    def take_reports(self) -> StepReports | None:
+        """What the imports reported since the last call have cost."""
+        reports, self._reports = self._reports, []
+        return StepReports(reports) if reports else None
 
     # Receiving.
 
-    def _start(self, request: OpenReceive) -> None:
-        assert self.blocks is not None
-        spec = FetchSpec(
-            request_id=request.request_id,
-            transfer_id=request.transfer_id,
-            epoch=request.epoch,
-            peer=request.peer,
-            first_block=request.first_block,
-            block_ids=request.block_ids,
-            num_tokens=request.num_tokens,
-            timeout_s=request.timeout_s,
-        )
-        receive = _Receive(Importer(spec, self.blocks))
+    def _start(self, spec: FetchSpec) -> None:
+        receive = _Receive(Fetch(spec), FetchReport(spec.request_id, local_hit_tokens=spec.first_token))
         with self._lock:
-            self._receives[request.request_id] = receive
+            self._receives[spec.request_id] = receive
             self._fetching += 1
         self._pool.submit(self._fetch, receive)
 
     def _fetch(self, receive: _Receive) -> None:
         assert self._client is not None
-        importer = receive.importer
-        report = FetchReport(importer.spec.request_id, local_hit_blocks=importer.spec.first_block)
+        fetch = receive.fetch
+        report = FetchReport(fetch.spec.request_id)
         kind = "ended_early"
         try:
-            if not receive.stopped:
-                report.bytes, report.wire_seconds, report.import_seconds = self._client.fetch(
-                    importer, lambda call: self._attach(receive, call)
-                )
+            report = self._client.fetch(fetch)
         except FrameRefusedError as error:
             kind, report.failure = error.reason, str(error)
+        except LayoutMismatchError as error:
+            kind, report.failure = "layout", str(error)
         except TimeoutError as error:
             kind, report.failure = "stalled", str(error)
         except grpc.RpcError as error:
             kind = f"stream_{error.code().name.lower()}"
             report.failure = f"{error.code().name}: {error.details()}"
+        except OSError as error:
+            kind, report.failure = "lane_broken", str(error)
         except Exception as error:
-            logger.exception("fetch of %s", importer.spec.transfer_id)
+            logger.exception("fetch of %s", fetch.spec.transfer_id)
             kind, report.failure = "internal", f"{type(error).__name__}: {error}"
-        importer.fence()
+        fetch.stop()
+        report.local_hit_tokens = fetch.spec.first_token
         with self._lock:
-            if importer.complete:
+            if fetch.complete:
                 report.failure = ""
-                report.exposed_seconds = importer.exposed_us / 1e6
+                report.exposed_seconds = fetch.exposed_seconds
                 self.counters["completed"] += 1
             else:
                 self.counters["failed"] += 1
-                if receive.stopped:  # what its stream then said tells nothing
-                    report.failure = _STOPPED[receive.stopped]
-                else:
-                    report.failure = report.failure or "the stream ended early"
+                report.failure = report.failure or "the stream ended early"
+                if not receive.stopped:
                     self.counters[kind] += 1
-            receive.outcome = report
+            receive.report = report
+            receive.over = True
             self._fetching -= 1
-        try:
-            self._on_report(report)
-        finally:
-            self._wake()
-
-    def _attach(self, receive: _Receive, call: grpc.Call) -> None:
-        with self._lock:
-            receive.call = call
-            stopped = receive.stopped
-        if stopped:
-            call.cancel()
+        self._wake()
 
     def _stop(self, receive: _Receive, why: str) -> None:
         """Fence first: vLLM may reuse the blocks as soon as we have reported."""
-        receive.importer.fence()
+        receive.fetch.stop()
         with self._lock:
             receive.stopped = why if receive.stopped != "abort" else "abort"
-            call = receive.call
-        if call is not None:
-            call.cancel()
 
     def _final_blocks(self, transfer: SendTransfer, tokens: int) -> int:
         """Blocks that are final once `tokens` tokens are computed: the last may be partial."""

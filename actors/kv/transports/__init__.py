@@ -1,1 +1,0 @@
-"""How KV frames cross from one worker to another."""

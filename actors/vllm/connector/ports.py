@@ -1,0 +1,68 @@
+"""What the process that steps an engine asks of the connector on each rank, wherever that runs.
+
+The functions run in each rank through vLLM's `collective_rpc`; the first argument is vLLM's worker.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.v1.executor import Executor
+
+from joinwise.actors.kv.layout import signature
+from joinwise.actors.vllm.connector.worker import KvPort, KvSettings, KvStatus, WorkerConnector
+from joinwise.actors.vllm.layout import describe
+from joinwise.proto import kv_pb2
+
+
+@dataclass(frozen=True)
+class KvPorts:
+    """All ranks' ports: their addresses in one string, and what peers must share with this worker."""
+
+    addresses: str
+    signature: str
+
+
+def open_ports(executor: Executor, settings: KvSettings) -> KvPorts:
+    """Open the KV port of every rank, and tell each of the others.
+
+    Raises:
+        UnsupportedKvCacheError: a layer whose cache cannot be shipped.
+    """
+    ports: list[KvPort] = executor.collective_rpc(_open, args=(settings,))
+    layouts = [port.layout for port in ports]
+    executor.collective_rpc(_set_ranks, args=(layouts,))
+    shared = signature(kv_pb2.KvLayout.FromString(layouts[0]), len(ports))
+    return KvPorts(",".join(port.address for port in ports), shared)
+
+
+def status(executor: Executor) -> KvStatus:
+    """What all ranks hold and have done, added up."""
+    first, *others = executor.collective_rpc(_status)
+    for other in others:
+        first.entries += other.entries
+        first.streams += other.streams
+        first.landing_bytes += other.landing_bytes
+        first.counters += Counter(other.counters)
+        first.links.update(other.links)
+    return first
+
+
+def _connector() -> WorkerConnector:
+    return get_kv_transfer_group().worker  # type: ignore[attr-defined]
+
+
+def _open(worker: Any, settings: KvSettings) -> KvPort:
+    connector = _connector()
+    geometry, interior = describe(worker, connector.caches)
+    return connector.open(settings, geometry, interior)
+
+
+def _set_ranks(worker: Any, layouts: Sequence[bytes]) -> None:
+    _connector().set_ranks(worker.rank, layouts)
+
+
+def _status(_: Any) -> KvStatus:
+    return _connector().status()
