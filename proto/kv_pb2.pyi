@@ -63,16 +63,18 @@ class LayoutRequest(_message.Message):
     def __init__(self, layout: _Optional[_Union[KvLayout, _Mapping]] = ...) -> None: ...
 
 class LayoutResponse(_message.Message):
-    __slots__ = ("layout", "instance", "lane_address", "lane_kinds")
+    __slots__ = ("layout", "instance", "lane_address", "lane_kinds", "largest_payload")
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     LANE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     LANE_KINDS_FIELD_NUMBER: _ClassVar[int]
+    LARGEST_PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     layout: KvLayout
     instance: int
     lane_address: str
     lane_kinds: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, layout: _Optional[_Union[KvLayout, _Mapping]] = ..., instance: _Optional[int] = ..., lane_address: _Optional[str] = ..., lane_kinds: _Optional[_Iterable[str]] = ...) -> None: ...
+    largest_payload: int
+    def __init__(self, layout: _Optional[_Union[KvLayout, _Mapping]] = ..., instance: _Optional[int] = ..., lane_address: _Optional[str] = ..., lane_kinds: _Optional[_Iterable[str]] = ..., largest_payload: _Optional[int] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
     __slots__ = ("transfer_id", "epoch", "num_tokens", "first_token", "instance", "encoding", "wire_dtype", "first_head", "num_heads", "layers", "lane_id", "streams")

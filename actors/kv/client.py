@@ -28,13 +28,22 @@ _LAST_WORD_S = 1.0
 """How long the reason for a broken lane may take to arrive on the control stream."""
 
 
+class _StaleError(Exception):
+    """What was agreed with a sender holds no more; nothing of the transfer has begun."""
+
+    def __init__(self, reason: Exception) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
 @dataclass(frozen=True)
 class _Agreement:
     """What has been agreed with all ranks of one sender."""
 
     plans: tuple[PeerPlan, ...]
     instances: tuple[int, ...]
-    lane_addresses: tuple[str, ...]
+    lanes: tuple[tuple[str, int], ...]
+    """Where each rank accepts lanes, and the largest payload that it will send."""
 
 
 @dataclass
@@ -44,7 +53,7 @@ class _Stream:
     link: Link
     importer: Importer
     request: kv_pb2.FetchRequest
-    lane_address: str
+    lanes: tuple[str, int]
     report: FetchReport = field(init=False)
 
     def __post_init__(self) -> None:
@@ -103,10 +112,12 @@ class KvClient:
         """
         try:
             return self._attempt(fetch)
-        except grpc.RpcError as error:
-            if error.details() != STALE_INSTANCE:
-                raise
-        return self._attempt(fetch)  # it has restarted since we agreed, and knows nothing of before
+        except _StaleError:
+            pass  # it has restarted since we agreed, and knows nothing of before
+        try:
+            return self._attempt(fetch)
+        except _StaleError as error:
+            raise error.reason from error
 
     def close(self) -> None:
         """Close all channels and lanes."""
@@ -160,7 +171,7 @@ class KvClient:
             streams=plan.streams,
         )
         peer = spec.peers[plan.peer]
-        return _Stream(self.links[peer], importer, request, agreement.lane_addresses[plan.peer])
+        return _Stream(self.links[peer], importer, request, agreement.lanes[plan.peer])
 
     def _agree(self, peers: tuple[str, ...], timeout: float) -> _Agreement:
         if (agreement := self._agreed.get(peers)) is not None:
@@ -173,7 +184,7 @@ class KvClient:
         agreement = _Agreement(
             tuple(plans),
             tuple(answer.instance for answer in answers),
-            tuple(answer.lane_address for answer in answers),
+            tuple((answer.lane_address, answer.largest_payload) for answer in answers),
         )
         self._agreed[peers] = agreement
         return agreement
@@ -190,7 +201,7 @@ class KvClient:
     def _link(self, peer: str, answer: kv_pb2.LayoutResponse) -> Link:
         def attempt(kind: str) -> None:
             if kind != "grpc" and self._lanes is not None:
-                self._lanes.give_back(self._lanes.lease(answer.lane_address, kind), clean=True)
+                self._lanes.give_back(self._lanes.lease(answer.lane_address, kind, answer.largest_payload), clean=True)
 
         link = self.links.get(peer) or Link(peer)
         link.transport, link.why = settle(self._preference, tuple(answer.lane_kinds), attempt)
@@ -210,9 +221,8 @@ class KvClient:
         except grpc.RpcError as error:
             if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.FAILED_PRECONDITION):
                 self._forget(stream.link.peer)  # a restarted peer must show its layout again
-            raise
-        except OSError:
-            self._forget(stream.link.peer)
+            if error.details() == STALE_INSTANCE:
+                raise _StaleError(error) from error
             raise
         finally:
             report = stream.report
@@ -233,7 +243,11 @@ class KvClient:
         if kind == "grpc" or self._lanes is None:
             yield None
             return
-        lane = self._lanes.lease(stream.lane_address, kind)
+        try:
+            lane = self._lanes.lease(stream.lanes[0], kind, stream.lanes[1])
+        except OSError as error:
+            self._forget(stream.link.peer)
+            raise _StaleError(error) from error
         try:
             stream.request.lane_id = lane.lane_id
             with stream.importer.interrupted_by(lane.interrupt):
@@ -293,7 +307,7 @@ class KvClient:
                 raw = lane.receive_header()
                 progress()
                 first = first or time.monotonic()
-                stream.report.bytes += importer.receive(raw, read)
+                stream.report.bytes += importer.receive(raw, read, direct=lane.direct)
                 stream.report.wire_seconds = time.monotonic() - first
         except LaneClosedError:
             if ended.wait(_LAST_WORD_S):

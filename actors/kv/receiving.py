@@ -143,14 +143,15 @@ class Importer:
                 self._advance(sealed.header)
             return payload.nbytes
 
-    def receive(self, raw: bytes, receive: Callable[[Sequence[memoryview]], None]) -> int:
-        """Use one frame whose payload has yet to be read, straight into its blocks where that can be.
+    def receive(self, raw: bytes, receive: Callable[[Sequence[memoryview]], None], *, direct: bool) -> int:
+        """Use one frame whose payload has yet to be read.
 
         What a damaged payload leaves there is nobody's: the blocks are this transfer's, and it fails.
 
         Args:
             raw: its header.
             receive: fills views with the payload, in order; interrupting the stream ends it.
+            direct: let it fill the blocks themselves, where they are in main memory and of one layout.
 
         Returns:
             Payload bytes imported.
@@ -162,7 +163,7 @@ class Importer:
         header, size = sealed.header, sealed.payload_bytes
         if not self._is_payload(sealed):
             return 0
-        if self.plan.encoding == WHOLE and (views := self.blocks.place(*self._targets(header))) is not None:
+        if direct and self.plan.encoding == WHOLE and (views := self.blocks.place(*self._targets(header))) is not None:
             with self._unfenced():
                 receive(views)
                 sealed.verify(views)

@@ -76,6 +76,7 @@ class KvServer:
     ) -> None:
         self._table = table
         self._blocks = blocks
+        self._frame_bytes = frame_bytes
         self._producer = FrameProducer(blocks, frame_bytes)
         self._claim_timeout_s = claim_timeout_s
         self._lanes = lanes
@@ -125,6 +126,7 @@ class KvServer:
             instance=self.instance,
             lane_address=self._lanes.address if self._lanes is not None else "",
             lane_kinds=self._lanes.kinds if self._lanes is not None else (),
+            largest_payload=max(self._frame_bytes, *self._blocks.block_bytes),
         )
 
     def _fetch(self, request: kv_pb2.FetchRequest, context: grpc.ServicerContext) -> Iterator[bytes]:

@@ -59,7 +59,7 @@ class Sender:
         max_streams: int = 64,
         bind: str = "127.0.0.1:0",
         token: str = "",
-        kinds: Collection[str] = (),
+        kinds: Collection[str] = ("tcp", "shm", "nccl"),
         **layout: object,
     ) -> None:
         layers = layout.pop("layers", LAYERS)
@@ -67,6 +67,7 @@ class Sender:
         self.idle_calls = 0
         self.table = SendTable(self._on_idle)
         self.blocks = KvBlocks(self.caches, **{**_LAYOUT, **layout})  # type: ignore[arg-type]
+        self.lanes = LaneServer("127.0.0.1:0", token=token, kinds=kinds, max_lanes=64)
         self.server = KvServer(
             self.table,
             self.blocks,
@@ -75,7 +76,7 @@ class Sender:
             claim_timeout_s=claim_timeout_s,
             max_streams=max_streams,
             token=token,
-            lanes=LaneServer("127.0.0.1:0", token=token, kinds=kinds, max_lanes=64) if kinds else None,
+            lanes=self.lanes,
         )
         self._noise = np.random.default_rng(seed)
 

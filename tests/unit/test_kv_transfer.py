@@ -19,17 +19,23 @@ from joinwise.actors.kv.server import FETCH
 from joinwise.proto import kv_pb2
 
 
+@pytest.fixture(params=["grpc", "tcp", "shm", "nccl"])
+def transport(request: pytest.FixtureRequest) -> str:
+    """Every transport keeps the same promises."""
+    return request.param
+
+
 @pytest.fixture
-def sender() -> Iterator[Sender]:
-    each = Sender()
+def sender(transport: str) -> Iterator[Sender]:
+    each = Sender(kinds=(transport,))
     yield each
     each.assert_idle()
     each.stop()
 
 
 @pytest.fixture
-def receiver() -> Iterator[Receiver]:
-    each = Receiver()
+def receiver(transport: str) -> Iterator[Receiver]:
+    each = Receiver(transport=transport)
     yield each
     each.assert_idle()
     each.stop()
