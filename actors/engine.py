@@ -146,6 +146,7 @@ class EngineWorker:
         settings = KvSettings(
             host=self._spec.host,
             transport=kv.transport,
+            codec=kv.codec,
             frame_bytes=kv.frame_bytes,
             landing_bytes=kv.landing_bytes,
             lease_s=kv.lease_s,

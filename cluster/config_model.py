@@ -152,8 +152,11 @@ class PoolConfig(Section):
 class KvConfig(Section):
     """How KV caches cross between workers."""
 
-    transport: Literal["auto", "grpc"] = "auto"
-    """`auto` picks the best that both ends have."""
+    transport: Literal["auto", "grpc", "tcp", "shm", "nccl"] = "auto"
+    """`auto` picks for each pair: shared memory on one host, else TCP, else gRPC. `nccl` (gloo between CPUs) is never
+    picked by itself: its connections carry no token."""
+    codec: Literal["none", "lossless", "int8", "fp8"] = "none"
+    """How KV is coded on the wire; `int8` and `fp8` lose precision."""
     frame_bytes: Bytes = 1 << 20
     """Upper bound of one frame's payload."""
     landing_bytes: Bytes = 256 << 20

@@ -5,18 +5,21 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
+import torch
 
 from joinwise.actors.auth import bearer
 from joinwise.actors.kv import layout
 from joinwise.actors.kv.blocks import KvBlocks
-from joinwise.actors.kv.lanes import Lane, LaneClosedError, LanePool
+from joinwise.actors.kv.frames import FrameRefusedError
+from joinwise.actors.kv.lanes.lane import LaneClosedError, LaneRefusedError, ReceiveLane
+from joinwise.actors.kv.lanes.pool import LanePool
 from joinwise.actors.kv.layout import PeerPlan
 from joinwise.actors.kv.links import Link, Preference, preference, settle
-from joinwise.actors.kv.receiving import Fetch, FetchReport, FetchSpec, Importer, LandingBudget
+from joinwise.actors.kv.receiving import CODECS, Fetch, FetchReport, FetchSpec, Importer, LandingBudget
 from joinwise.actors.kv.server import CHANNEL_OPTIONS, FETCH, LAYOUT, LONGEST_FETCH_S, STALE_INSTANCE
 from joinwise.actors.kv.stalls import Stalls
 from joinwise.proto import kv_pb2
@@ -41,9 +44,9 @@ class _Agreement:
     """What has been agreed with all ranks of one sender."""
 
     plans: tuple[PeerPlan, ...]
+    unneeded: tuple[int, ...]
     instances: tuple[int, ...]
-    lanes: tuple[tuple[str, int], ...]
-    """Where each rank accepts lanes, and the largest payload that it will send."""
+    lane_addresses: tuple[str, ...]
 
 
 @dataclass
@@ -53,7 +56,7 @@ class _Stream:
     link: Link
     importer: Importer
     request: kv_pb2.FetchRequest
-    lanes: tuple[str, int]
+    lane_address: str
     report: FetchReport = field(init=False)
 
     def __post_init__(self) -> None:
@@ -69,7 +72,10 @@ class KvClient:
         token: shown to senders.
         credentials: TLS; None connects in plain text.
         transport: "auto", "grpc" or a kind of lane.
+        codec: how payloads are coded; one that loses precision is used everywhere, `lossless` where elements have
+            16 bits.
         lanes: opens lanes; None for gRPC only.
+        slot_bytes: largest payload of its `shm` lanes.
     """
 
     def __init__(
@@ -80,7 +86,9 @@ class KvClient:
         token: str = "",
         credentials: grpc.ChannelCredentials | None = None,
         transport: str = "grpc",
+        codec: str = "none",
         lanes: LanePool | None = None,
+        slot_bytes: int = 0,
     ) -> None:
         self._metadata = bearer(token)
         self._blocks = blocks
@@ -88,6 +96,8 @@ class KvClient:
         self._credentials = credentials
         self._preference: Preference = preference(transport if lanes is not None else "grpc")
         self._lanes = lanes
+        self._slot_bytes = slot_bytes
+        self._encoding = next(encoding for encoding, name in CODECS.items() if name == codec)
         self._ranks: tuple[int, Sequence[kv_pb2.KvLayout]] = (0, [blocks.layout])
         self._channels: dict[str, grpc.Channel] = {}
         self._agreed: dict[tuple[str, ...], _Agreement] = {}
@@ -153,7 +163,20 @@ class KvClient:
         agreement = self._agree(spec.peers, min(spec.timeout_s, spec.start_s))
         importers = [Importer(spec, self._blocks, plan, self._budget) for plan in agreement.plans]
         fetch.begin(importers)
+        for peer in agreement.unneeded:
+            self._decline(spec, spec.peers[peer], agreement.instances[peer])
         return [self._stream(spec, importer, agreement) for importer in importers]
+
+    def _decline(self, spec: FetchSpec, peer: str, instance: int) -> None:
+        """Tell a rank that nobody needs its part; one that does not hear it waits for its lease to end."""
+        request = kv_pb2.FetchRequest(
+            transfer_id=spec.transfer_id, epoch=spec.epoch, num_tokens=spec.num_tokens, instance=instance
+        )
+        self._let_end(self._call(peer, request))
+
+    def _call(self, peer: str, request: kv_pb2.FetchRequest) -> Any:
+        fetch: Any = self._channel(peer).unary_stream(FETCH, kv_pb2.FetchRequest.SerializeToString, None)
+        return fetch(request, metadata=self._metadata, timeout=_FETCH_DEADLINE_S)
 
     def _stream(self, spec: FetchSpec, importer: Importer, agreement: _Agreement) -> _Stream:
         plan = importer.plan
@@ -171,23 +194,32 @@ class KvClient:
             streams=plan.streams,
         )
         peer = spec.peers[plan.peer]
-        return _Stream(self.links[peer], importer, request, agreement.lanes[plan.peer])
+        return _Stream(self.links[peer], importer, request, agreement.lane_addresses[plan.peer])
 
     def _agree(self, peers: tuple[str, ...], timeout: float) -> _Agreement:
         if (agreement := self._agreed.get(peers)) is not None:
             return agreement
         rank, ours = self._ranks
         answers = [self._ask_layout(peer, timeout) for peer in peers]
-        plans = layout.plan(ours, rank, [answer.layout for answer in answers])
+        plan = layout.plan(ours, rank, [answer.layout for answer in answers])
         for peer, answer in zip(peers, answers, strict=True):
             self.links[peer] = self._link(peer, answer)
         agreement = _Agreement(
-            tuple(plans),
+            tuple(self._coded(part) for part in plan.parts),
+            plan.unneeded,
             tuple(answer.instance for answer in answers),
-            tuple((answer.lane_address, answer.largest_payload) for answer in answers),
+            tuple(answer.lane_address for answer in answers),
         )
         self._agreed[peers] = agreement
         return agreement
+
+    def _coded(self, plan: PeerPlan) -> PeerPlan:
+        """The plan with the configured codec, where that can be."""
+        whole_only = not all(self._blocks.layout.layers[ours].num_heads for _, ours in plan.layers)
+        too_wide = self._encoding == kv_pb2.ENCODING_LOSSLESS and plan.wire_dtype == torch.float32
+        if self._encoding == layout.PLAIN or whole_only or too_wide:
+            return plan
+        return replace(plan, encoding=self._encoding)
 
     def _ask_layout(self, peer: str, timeout: float) -> kv_pb2.LayoutResponse:
         channel = self._channel(peer)
@@ -200,8 +232,11 @@ class KvClient:
 
     def _link(self, peer: str, answer: kv_pb2.LayoutResponse) -> Link:
         def attempt(kind: str) -> None:
-            if kind != "grpc" and self._lanes is not None:
-                self._lanes.give_back(self._lanes.lease(answer.lane_address, kind, answer.largest_payload), clean=True)
+            if kind == "grpc" or self._lanes is None:
+                return
+            if kind == "shm" and answer.largest_payload > self._slot_bytes:
+                raise LaneRefusedError("size", f"the sender's payloads have up to {answer.largest_payload} bytes")
+            self._lanes.give_back(self._lanes.lease(answer.lane_address, kind), clean=True)
 
         link = self.links.get(peer) or Link(peer)
         link.transport, link.why = settle(self._preference, tuple(answer.lane_kinds), attempt)
@@ -238,13 +273,13 @@ class KvClient:
             )
 
     @contextmanager
-    def _lane(self, stream: _Stream) -> Iterator[Lane | None]:
+    def _lane(self, stream: _Stream) -> Iterator[ReceiveLane | None]:
         kind = stream.link.transport
         if kind == "grpc" or self._lanes is None:
             yield None
             return
         try:
-            lane = self._lanes.lease(stream.lanes[0], kind, stream.lanes[1])
+            lane = self._lanes.lease(stream.lane_address, kind)
         except OSError as error:
             self._forget(stream.link.peer)
             raise _StaleError(error) from error
@@ -255,18 +290,23 @@ class KvClient:
         finally:
             self._lanes.give_back(lane, clean=stream.importer.complete)
 
-    def _fetch(self, stream: _Stream, fetch: Fetch, lane: Lane | None) -> None:
+    def _fetch(self, stream: _Stream, fetch: Fetch, lane: ReceiveLane | None) -> None:
         spec = stream.importer.spec
-        method: Any = self._channel(stream.link.peer).unary_stream(FETCH, kv_pb2.FetchRequest.SerializeToString, None)
-        call = method(stream.request, metadata=self._metadata, timeout=_FETCH_DEADLINE_S)
+        call = self._call(stream.link.peer, stream.request)
         fetch.attach(call.cancel)
-        with self._stalls.watch(call, spec.start_s) as watched:
+
+        def stall() -> None:
+            call.cancel()
+            if lane is not None:
+                lane.interrupt()  # the call may have ended well, with frames that never came
+
+        with self._stalls.watch(stall, spec.start_s) as watched:
             try:
                 if lane is None:
                     self._receive(stream, call, lambda: watched.allow(spec.timeout_s))
                 else:
                     self._receive_on_lane(stream, call, lane, lambda: watched.allow(spec.timeout_s))
-            except grpc.RpcError as error:
+            except (grpc.RpcError, LaneClosedError) as error:
                 if watched.stalled:
                     raise TimeoutError(f"{stream.link.peer} sent no frame for {watched.allowed:g} s") from error
                 raise
@@ -284,20 +324,24 @@ class KvClient:
         finally:
             call.cancel()
 
-    def _receive_on_lane(self, stream: _Stream, call: Any, lane: Lane, progress: Callable[[], None]) -> None:
+    def _receive_on_lane(self, stream: _Stream, call: Any, lane: ReceiveLane, progress: Callable[[], None]) -> None:
         importer, link, first = stream.importer, stream.link, 0.0
 
-        ended = threading.Event()
+        failed = threading.Event()
 
         def over() -> None:
-            # The sender's last word, or its death: whoever waits for bytes on the lane must hear of it.
-            ended.set()
-            if not importer.complete:
+            # A refusal, or the sender's death: whoever waits for bytes on the lane must hear of it. A good
+            # end may be known before its frames are read.
+            if call.code() is not grpc.StatusCode.OK:
+                failed.set()
                 lane.interrupt()
 
         def read(views: Sequence[memoryview]) -> None:
             begin = time.monotonic()
-            lane.receive(views)
+            try:
+                lane.receive(views)
+            except ValueError as error:
+                raise FrameRefusedError("truncated", str(error)) from error
             link.measure(sum(view.nbytes for view in views), time.monotonic() - begin)
 
         if not call.add_callback(over):
@@ -307,10 +351,10 @@ class KvClient:
                 raw = lane.receive_header()
                 progress()
                 first = first or time.monotonic()
-                stream.report.bytes += importer.receive(raw, read, direct=lane.direct)
+                stream.report.bytes += importer.receive(raw, read, direct=lane.kind != "nccl")
                 stream.report.wire_seconds = time.monotonic() - first
         except LaneClosedError:
-            if ended.wait(_LAST_WORD_S):
+            if failed.wait(_LAST_WORD_S):
                 for _ in call:  # raises what the sender said
                     pass
             call.cancel()

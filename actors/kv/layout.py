@@ -85,7 +85,20 @@ def digest(layout: kv_pb2.KvLayout) -> str:
     return hashlib.sha256(layout.SerializeToString(deterministic=True)).hexdigest()[:32]
 
 
-def plan(ours: Sequence[kv_pb2.KvLayout], rank: int, theirs: Sequence[kv_pb2.KvLayout]) -> list[PeerPlan]:
+@dataclass(frozen=True)
+class RankPlan:
+    """What one rank of a receiver fetches.
+
+    Attributes:
+        parts: what it fetches from whom.
+        unneeded: ranks of the sender from which no rank fetches anything; the first rank tells them.
+    """
+
+    parts: tuple[PeerPlan, ...]
+    unneeded: tuple[int, ...] = ()
+
+
+def plan(ours: Sequence[kv_pb2.KvLayout], rank: int, theirs: Sequence[kv_pb2.KvLayout]) -> RankPlan:
     """What one of our ranks fetches from whom.
 
     Args:
@@ -98,7 +111,8 @@ def plan(ours: Sequence[kv_pb2.KvLayout], rank: int, theirs: Sequence[kv_pb2.KvL
     """
     plans = [_plan(each, theirs) for each in ours]
     streams = Counter(part.peer for each in plans for part in each)
-    return [replace(part, streams=streams[part.peer]) for part in plans[rank]]
+    unneeded = tuple(peer for peer in range(len(theirs)) if not streams[peer]) if rank == 0 else ()
+    return RankPlan(tuple(replace(part, streams=streams[part.peer]) for part in plans[rank]), unneeded)
 
 
 def _plan(mine: kv_pb2.KvLayout, theirs: Sequence[kv_pb2.KvLayout]) -> list[PeerPlan]:

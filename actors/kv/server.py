@@ -6,7 +6,7 @@ Threads, not an event loop: they copy megabytes and must not share a loop with t
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent import futures
 from typing import Any
 
@@ -16,7 +16,8 @@ from grpc_reflection.v1alpha import reflection
 
 from joinwise.actors.auth import Bearer
 from joinwise.actors.kv.blocks import KvBlocks
-from joinwise.actors.kv.lanes import LaneClosedError, LaneServer
+from joinwise.actors.kv.lanes.lane import LaneClosedError
+from joinwise.actors.kv.lanes.server import LaneServer
 from joinwise.actors.kv.layout import WHOLE, LayoutMismatchError, dtype_of
 from joinwise.actors.kv.producing import FrameProducer, TransferEndedError, Wanted
 from joinwise.actors.kv.receiving import CODECS
@@ -59,6 +60,7 @@ class KvServer:
         token: what callers must show; empty for none.
         credentials: TLS; None listens in plain text.
         lanes: where receivers may open lanes; stopped with this.
+        lane_kinds: the kinds that it offers.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class KvServer:
         token: str = "",
         credentials: grpc.ServerCredentials | None = None,
         lanes: LaneServer | None = None,
+        lane_kinds: Collection[str] = (),
     ) -> None:
         self._table = table
         self._blocks = blocks
@@ -80,6 +83,7 @@ class KvServer:
         self._producer = FrameProducer(blocks, frame_bytes)
         self._claim_timeout_s = claim_timeout_s
         self._lanes = lanes
+        self._lane_kinds = tuple(lane_kinds) if lanes is not None else ()
         self._open_streams = 0
         self._count_lock = threading.Lock()
         self.instance = time.time_ns()
@@ -125,7 +129,7 @@ class KvServer:
             layout=mine,
             instance=self.instance,
             lane_address=self._lanes.address if self._lanes is not None else "",
-            lane_kinds=self._lanes.kinds if self._lanes is not None else (),
+            lane_kinds=self._lane_kinds,
             largest_payload=max(self._frame_bytes, *self._blocks.block_bytes),
         )
 
@@ -141,6 +145,9 @@ class KvServer:
             if problem := _other_prompt(request, transfer, self._blocks.block_size):
                 outcome = problem
                 context.abort(grpc.StatusCode.OUT_OF_RANGE, problem)
+            if wanted is None:
+                outcome = "the receiver needs nothing of this rank"
+                return
             context.add_callback(functools.partial(_wake, transfer))
             try:
                 frames = self._producer.frames(transfer, wanted, context.is_active)
@@ -163,12 +170,14 @@ class KvServer:
             with self._count_lock:
                 self._open_streams -= 1
 
-    def _check(self, request: kv_pb2.FetchRequest, context: grpc.ServicerContext) -> Wanted:
-        """What the caller wants; aborts where it cannot be had."""
+    def _check(self, request: kv_pb2.FetchRequest, context: grpc.ServicerContext) -> Wanted | None:
+        """What the caller wants, None for nothing; aborts where it cannot be had."""
         if request.instance != self.instance:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, STALE_INSTANCE)
         if context.time_remaining() > LONGEST_FETCH_S:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a fetch needs a deadline: it holds this worker's blocks")
+        if request.encoding == kv_pb2.ENCODING_UNSPECIFIED:
+            return None
         layers = tuple(request.layers) or tuple(range(len(self._blocks.layer_names)))
         heads = range(request.first_head, request.first_head + request.num_heads)
         problem = ""
@@ -210,7 +219,7 @@ class KvServer:
             return
         try:
             lane = self._lanes.claim(lane_id, _LANE_WAIT_S)
-        except LookupError as error:
+        except LaneClosedError as error:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
             return
         over = threading.Event()
@@ -225,7 +234,7 @@ class KvServer:
         except LaneClosedError as error:
             context.abort(grpc.StatusCode.ABORTED, f"the lane broke: {error}")
         finally:
-            self._lanes.give_back(lane_id, clean=over.is_set())
+            self._lanes.give_back(lane, clean=over.is_set())
 
 
 class _Handlers(grpc.GenericRpcHandler):

@@ -3,16 +3,14 @@
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
-
-import grpc
+from collections.abc import Callable, Iterator
 
 
 class Watched:
     """A call that must make progress; see `Stalls`."""
 
-    def __init__(self, call: grpc.Call, changed: threading.Condition) -> None:
-        self.call = call
+    def __init__(self, cancel: Callable[[], object], changed: threading.Condition) -> None:
+        self.cancel = cancel
         self.allowed = 0.0
         self.limit = 0.0
         self.stalled = False
@@ -37,9 +35,9 @@ class Stalls:
         self._stopped = False
 
     @contextlib.contextmanager
-    def watch(self, call: grpc.Call, seconds: float) -> Iterator[Watched]:
-        """Cancel `call` after these seconds, unless it is allowed more first."""
-        watched = Watched(call, self._changed)
+    def watch(self, cancel: Callable[[], object], seconds: float) -> Iterator[Watched]:
+        """Call `cancel` after these seconds, unless it is allowed more first; it must not block."""
+        watched = Watched(cancel, self._changed)
         watched.allow(seconds)
         with self._changed:
             self._watched.add(watched)
@@ -68,6 +66,6 @@ class Stalls:
                 for watched in [each for each in self._watched if each.limit <= now]:
                     watched.stalled = True
                     self._watched.discard(watched)
-                    watched.call.cancel()
+                    watched.cancel()
                 nearest = min((watched.limit for watched in self._watched), default=None)
                 self._changed.wait(None if nearest is None else max(0.0, nearest - now))

@@ -23,7 +23,7 @@ from vllm.v1.kv_cache_interface import (
 
 from joinwise.actors.kv.layers import UnsupportedKvCacheError
 from joinwise.actors.kv.layout import LayerGeometry
-from joinwise.kernels.kv_pack import BlockInterior, UnknownInteriorError, interior_of, learn_interior
+from joinwise.kernels.kv_pack import BlockInterior, InteriorError, interior_from_views, learn_interior
 
 
 def describe(worker: Any, caches: Mapping[str, torch.Tensor]) -> tuple[dict[str, LayerGeometry], str]:
@@ -52,7 +52,7 @@ def describe(worker: Any, caches: Mapping[str, torch.Tensor]) -> tuple[dict[str,
                 learnt[spec] = _learn(spec)
             interior = learnt[spec]
         else:
-            interior = interior_of(caches[name], parts=1 if latent else 2)
+            interior = _from_views(caches[name], latent)
         geometry[name] = LayerGeometry(
             num_heads=spec.num_kv_heads,
             first_head=0 if latent else rank * total // tp,
@@ -100,5 +100,16 @@ def _learn(spec: AttentionSpec) -> BlockInterior | None:
 
     try:
         return learn_interior(write, heads=heads, block_size=size, head_dim=head_dim, dtype=spec.dtype)
-    except UnknownInteriorError:
+    except InteriorError:
+        return None
+
+
+def _from_views(cache: torch.Tensor, latent: bool) -> BlockInterior | None:
+    """A GPU cache's interior, of vLLM's logical `[block, KV head, token, K | V]`; None for any other shape."""
+    try:
+        if latent:
+            return interior_from_views(cache, cache.view(cache.shape[0], -1, 1, cache.shape[-1]))
+        tokens_first = cache.transpose(1, 2)
+        return interior_from_views(cache, *tokens_first.chunk(2, dim=-1))
+    except (InteriorError, IndexError, RuntimeError):
         return None

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent import futures
 from dataclasses import dataclass, field
 
@@ -12,8 +12,11 @@ import torch
 
 from joinwise.actors.kv.blocks import KvBlocks
 from joinwise.actors.kv.client import KvClient
-from joinwise.actors.kv.frames import FrameHeader, split
-from joinwise.actors.kv.lanes import LanePool, LaneServer
+from joinwise.actors.kv.frames import FLAG_END, HEADER_BYTES, FrameHeader, parse, split
+from joinwise.actors.kv.lanes.lane import LaneOptions
+from joinwise.actors.kv.lanes.pool import LanePool
+from joinwise.actors.kv.lanes.server import LaneServer
+from joinwise.actors.kv.lanes.tcp import TcpSend
 from joinwise.actors.kv.layout import LayerGeometry
 from joinwise.actors.kv.receiving import Fetch as KvFetch
 from joinwise.actors.kv.receiving import FetchReport, FetchSpec, Importer, LandingBudget
@@ -33,10 +36,15 @@ def eventually(condition: Callable[[], bool], what: str, seconds: float = 10.0) 
         time.sleep(0.002)
 
 
-def make_caches(num_blocks: int, seed: int, layers: dict[str, tuple[int, ...]] = LAYERS) -> dict[str, torch.Tensor]:
+def make_caches(
+    num_blocks: int,
+    seed: int,
+    layers: dict[str, tuple[int, ...]] = LAYERS,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, torch.Tensor]:
     """Cache tensors full of noise."""
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn((num_blocks, *shape), generator=generator) for name, shape in layers.items()}
+    return {name: torch.randn((num_blocks, *shape), generator=generator).to(dtype) for name, shape in layers.items()}
 
 
 def decode(frame: bytes) -> tuple[FrameHeader, memoryview]:
@@ -62,12 +70,12 @@ class Sender:
         kinds: Collection[str] = ("tcp", "shm", "nccl"),
         **layout: object,
     ) -> None:
-        layers = layout.pop("layers", LAYERS)
-        self.caches = make_caches(num_blocks, seed, layers)  # type: ignore[arg-type]
+        layers, dtype = layout.pop("layers", LAYERS), layout.pop("dtype", torch.float32)
+        self.caches = make_caches(num_blocks, seed, layers, dtype)  # type: ignore[arg-type]
         self.idle_calls = 0
         self.table = SendTable(self._on_idle)
         self.blocks = KvBlocks(self.caches, **{**_LAYOUT, **layout})  # type: ignore[arg-type]
-        self.lanes = LaneServer("127.0.0.1:0", token=token, kinds=kinds, max_lanes=64)
+        self.lanes = LaneServer("127.0.0.1:0", token=token, kinds=kinds)
         self.server = KvServer(
             self.table,
             self.blocks,
@@ -77,6 +85,7 @@ class Sender:
             max_streams=max_streams,
             token=token,
             lanes=self.lanes,
+            lane_kinds=kinds,
         )
         self._noise = np.random.default_rng(seed)
 
@@ -156,15 +165,24 @@ class Receiver:
         landing_bytes: int = 1 << 20,
         token: str = "",
         transport: str = "grpc",
+        codec: str = "none",
         **layout: object,
     ) -> None:
-        layers = layout.pop("layers", LAYERS)
-        self.caches = make_caches(num_blocks, seed, layers)  # type: ignore[arg-type]
+        layers, dtype = layout.pop("layers", LAYERS), layout.pop("dtype", torch.float32)
+        self.caches = make_caches(num_blocks, seed, layers, dtype)  # type: ignore[arg-type]
         self.before = {name: cache.clone() for name, cache in self.caches.items()}
         self.blocks = KvBlocks(self.caches, **{**_LAYOUT, **layout})  # type: ignore[arg-type]
         self.budget = LandingBudget(landing_bytes)
-        self.lanes = LanePool(token=token)
-        self.client = KvClient(self.blocks, self.budget, token=token, transport=transport, lanes=self.lanes)
+        self.lanes = LanePool(token=token, options=LaneOptions(slot_bytes=1 << 20, slots=2))
+        self.client = KvClient(
+            self.blocks,
+            self.budget,
+            token=token,
+            transport=transport,
+            codec=codec,
+            lanes=self.lanes,
+            slot_bytes=1 << 20,
+        )
 
     def fetch(
         self,
@@ -325,3 +343,55 @@ class FrameProxy:
         changed = list(self._tamper(frames))
         self.fired += changed != frames
         yield from changed
+
+
+class TamperedLanes:
+    """Does to a sender's frames on lanes what a bad wire or peer would.
+
+    Args:
+        sender: whose lanes.
+        tamper: gets all frames of a transfer, gives those to send.
+    """
+
+    def __init__(self, sender: Sender, tamper: Callable[[list[bytes]], Iterable[bytes]]) -> None:
+        self.address = sender.server.address
+        self.fired = 0
+        self._claim = sender.lanes.claim
+        self._give_back = sender.lanes.give_back
+        self._sender = sender
+        self._tamper = tamper
+        sender.lanes.claim = lambda *args: _TamperedLane(self._claim(*args), self)  # type: ignore[method-assign]
+        sender.lanes.give_back = lambda lane, clean: self._give_back(lane.lane, clean=clean)  # type: ignore[method-assign]
+
+    def stop(self) -> None:
+        """Leave the lanes alone."""
+        self._sender.lanes.claim = self._claim  # type: ignore[method-assign]
+        self._sender.lanes.give_back = self._give_back  # type: ignore[method-assign]
+
+    def tampered(self, frames: list[bytes]) -> list[bytes]:
+        """What is sent instead of these."""
+        changed = list(self._tamper(frames))
+        self.fired += changed != frames
+        return changed
+
+
+class _TamperedLane:
+    """Gathers the frames of one transfer until its end, then sends what the test wants."""
+
+    def __init__(self, lane: TcpSend, tampers: TamperedLanes) -> None:
+        self.lane = lane
+        self._tampers = tampers
+        self._frames: list[bytes] = []
+
+    def send(self, header: bytes, payload: Sequence[memoryview]) -> None:
+        self._frames.append(b"".join((header, *payload)))
+        if not parse(header).header.flags & FLAG_END:
+            return
+        for frame in self._tampers.tampered(self._frames):
+            if len(frame) < HEADER_BYTES:
+                self.lane.wire.send([frame])
+            else:
+                self.lane.send(frame[:HEADER_BYTES], [memoryview(frame)[HEADER_BYTES:]])
+
+    def interrupt(self) -> None:
+        self.lane.interrupt()

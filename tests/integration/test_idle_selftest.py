@@ -21,6 +21,7 @@ from joinwise.cluster.config_model import RouterConfig
 from joinwise.cluster.router.registry import WorkerInfo
 from joinwise.cluster.router.router import Demand, Router
 from joinwise.cluster.store.client import connect
+from joinwise.actors.kv.frames import PROTOCOL_VERSION
 from joinwise.proto import engine_pb2, kv_pb2
 
 pytestmark = [pytest.mark.cluster, pytest.mark.model]
@@ -104,9 +105,15 @@ async def test_a_decode_part_that_waits_for_a_dead_peer_is_seen(cluster: Running
 
 async def test_a_stuck_stream_is_seen(cluster: RunningCluster, prefill: WorkerInfo) -> None:
     async with grpc.aio.insecure_channel(prefill.kv_address) as channel:
-        fetch = channel.unary_stream("/joinwise.v1.KvService/Fetch", kv_pb2.FetchRequest.SerializeToString, None)
+        service = "/joinwise.v1.KvService"
+        ask = channel.unary_unary(
+            f"{service}/Layout", kv_pb2.LayoutRequest.SerializeToString, kv_pb2.LayoutResponse.FromString
+        )
+        layout = kv_pb2.KvLayout(protocol_version=PROTOCOL_VERSION, model_digest=prefill.model_digest)
+        instance = (await ask(kv_pb2.LayoutRequest(layout=layout), timeout=5)).instance
+        fetch = channel.unary_stream(f"{service}/Fetch", kv_pb2.FetchRequest.SerializeToString, None)
         request = kv_pb2.FetchRequest(
-            transfer_id="never-sent", epoch=1, num_blocks=1, num_tokens=1, layout_digest=prefill.kv_layout
+            transfer_id="never-sent", epoch=1, num_tokens=1, instance=instance, encoding=kv_pb2.ENCODING_BLOCKS
         )
         call = fetch(request, timeout=50)
         await until_seen(cluster, f"{prefill.worker_id}: 1 KV streams")

@@ -28,7 +28,7 @@ async def test_chat_is_split_and_accounted_for(cluster: RunningCluster) -> None:
     assert body["choices"][0]["message"]["content"]
     ledger = json.loads(response.headers["x-joinwise-ledger"])
     assert ledger["prefill_worker"] != ledger["decode_worker"]
-    assert ledger["transport"] == "grpc"
+    assert ledger["transport"] == "shm"
     assert ledger["wire_bytes"] > 0
     assert ledger["replayed_steps"] == 1
     assert ledger["output_tokens"] == body["usage"]["completion_tokens"]

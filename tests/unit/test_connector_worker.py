@@ -138,7 +138,7 @@ _BLOCKS = KvBlocks(make_caches(4, 1), block_size=BLOCK_SIZE, interior="test", mo
 
 
 def _complete(fetch: Fetch) -> None:
-    (whole,) = plan([_BLOCKS.layout], 0, [_BLOCKS.layout])
+    (whole,) = plan([_BLOCKS.layout], 0, [_BLOCKS.layout]).parts
     importer = Importer(fetch.spec, _BLOCKS, whole, LandingBudget(1))
     fetch.begin([importer])
     importer.complete = True
@@ -416,7 +416,6 @@ def test_a_chunked_prefill_reaches_the_other_worker(pair: tuple[Worker, Worker])
     report = decode.reports["r"]
     assert report.bytes == 3 * sum(prefill.connector.blocks.block_bytes)
     assert report.wire_seconds > 0
-    assert report.import_seconds > 0
     assert report.failure == ""
 
 

@@ -9,9 +9,10 @@ import grpc
 import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from helpers.kv_rig import BLOCK_SIZE, LAYERS, Fetch, FrameProxy, Receiver, Sender, decode, eventually, make_caches
+from helpers.kv_rig import BLOCK_SIZE, LAYERS, Fetch, FrameProxy, Receiver, Sender, TamperedLanes, decode, eventually, make_caches
 
 from joinwise.actors.kv.frames import FLAG_END, FrameHeader, FrameRefusedError, encode, transfer_tag
+from joinwise.actors.kv.lanes.lane import LaneClosedError
 from joinwise.actors.kv.layout import PLAIN, WHOLE, LayoutMismatchError, plan
 from joinwise.actors.kv.receiving import FetchSpec, Importer, LandingBudget
 from joinwise.actors.kv.sending import SendTable, SendTransfer
@@ -631,6 +632,7 @@ def test_the_landing_budget_bounds_and_never_deadlocks() -> None:
     assert peak[0] == 250
 
 
+@pytest.mark.parametrize("transport", ["grpc", "nccl"], indirect=True)  # the others fill the blocks themselves
 def test_a_full_landing_budget_stops_the_sender_not_for_ever(sender: Sender, receiver: Receiver) -> None:
     with receiver.budget.hold(1 << 20):
         transfer = sender.open("t", range(8))
@@ -712,52 +714,71 @@ def _end(sequence: int) -> bytes:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_bad_frame_is_refused_for_its_reason(sender: Sender, receiver: Receiver, fault: str) -> None:
+def test_a_bad_frame_is_refused_for_its_reason(
+    sender: Sender, receiver: Receiver, transport: str, fault: str
+) -> None:
     tamper, reason = FAULTS[fault]
-    proxy = FrameProxy(sender.server.address, tamper)
+    wire = _bad_wire(sender, transport, tamper)
     transfer = sender.open("t", [1, 2, 3, 4, 5, 6], epoch=7)
     sender.compute(transfer)
     sender.finish(transfer)
-    fetch = receiver.fetch("t", [21, 30, 22, 31], proxy.address, first_block=2, epoch=7)
+    fetch = receiver.fetch("t", [21, 30, 22, 31], wire.address, first_block=2, epoch=7, timeout_s=0.5)
+    if transport == "shm" and fault == "a frame grown":
+        fetch.succeed()  # a slot has what its header says; what lies behind that is never read
+        wire.stop()
+        return
     error = fetch.fail()
-    assert proxy.fired == 1
-    assert isinstance(error, FrameRefusedError), error
-    assert error.reason == reason
+    assert wire.fired == 1
+    if transport != "grpc" and fault in _BROKEN_STREAMS:
+        # On a stream of bytes what follows is out of step: found by its checksum, or never complete.
+        assert isinstance(error, FrameRefusedError | LaneClosedError | TimeoutError | grpc.RpcError), error
+    else:
+        assert isinstance(error, FrameRefusedError), error
+        assert error.reason == reason
     eventually(lambda: sender.sweep() == {"t.p"}, "the blocks are given back")
     receiver.assert_unchanged_but([21, 30, 22, 31])
-    proxy.stop()
+    wire.stop()
 
 
-def test_a_stream_that_ends_without_its_last_frame_is_not_complete(sender: Sender, receiver: Receiver) -> None:
-    proxy = FrameProxy(sender.server.address, lambda frames: frames[:-1])
+_BROKEN_STREAMS = {"a truncated frame", "half a header", "an empty frame", "a frame grown"}
+
+
+def _bad_wire(sender: Sender, transport: str, tamper) -> FrameProxy | TamperedLanes:
+    if transport == "grpc":
+        return FrameProxy(sender.server.address, tamper)
+    return TamperedLanes(sender, tamper)
+
+
+def test_a_stream_that_ends_without_its_last_frame_is_not_complete(
+    sender: Sender, receiver: Receiver, transport: str
+) -> None:
+    wire = _bad_wire(sender, transport, lambda frames: frames[:-1])
     transfer = sender.open("t", [1, 2])
     sender.compute(transfer)
     sender.finish(transfer)
-    fetch = receiver.fetch("t", [5, 6], proxy.address)
+    fetch = receiver.fetch("t", [5, 6], wire.address, timeout_s=0.5)
     fetch.join()
-    assert proxy.fired == 1
+    assert wire.fired == 1
     assert not fetch.importer.complete
-    proxy.stop()
+    wire.stop()
 
 
-def test_frames_of_a_concurrent_transfer_are_refused(sender: Sender, receiver: Receiver) -> None:
+def test_frames_of_a_concurrent_transfer_are_refused(sender: Sender, receiver: Receiver, transport: str) -> None:
     """Real frames of a real transfer of the same shape, in the wrong stream."""
     stolen: list[list[bytes]] = []
-    keep = FrameProxy(sender.server.address, lambda frames: stolen.append(frames) or frames)
-    swap = FrameProxy(sender.server.address, lambda frames: stolen[0])
+    wire = _bad_wire(sender, transport, lambda frames: stolen.append(frames) or stolen[0])
     for name, ids in (("a", [1, 2]), ("b", [3, 4])):
         transfer = sender.open(name, ids)
         sender.compute(transfer)
         sender.finish(transfer)
         if name == "a":
-            receiver.fetch(name, [5, 6], keep.address).succeed()
+            receiver.fetch(name, [5, 6], wire.address).succeed()
             receiver.expect(sender.content(transfer), [5, 6])
-    error = receiver.fetch("b", [7, 8], swap.address).fail()
+    error = receiver.fetch("b", [7, 8], wire.address).fail()
     assert isinstance(error, FrameRefusedError)
     assert error.reason == "misaddressed"
-    receiver.assert_cache()
-    keep.stop()
-    swap.stop()
+    receiver.assert_unchanged_but([7, 8])
+    wire.stop()
 
 
 def test_no_frame_after_the_end(receiver: Receiver) -> None:
@@ -772,7 +793,7 @@ def test_no_frame_after_the_end(receiver: Receiver) -> None:
 
 def _importer(name: str, block_ids: list[int], receiver: Receiver) -> Importer:
     spec = FetchSpec(f"{name}.d", name, 1, ("nowhere",), 0, tuple(block_ids), len(block_ids) * BLOCK_SIZE, 5.0)
-    (whole,) = plan([receiver.blocks.layout], 0, [receiver.blocks.layout])
+    (whole,) = plan([receiver.blocks.layout], 0, [receiver.blocks.layout]).parts
     return Importer(spec, receiver.blocks, whole, receiver.budget)
 
 

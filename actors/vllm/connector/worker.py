@@ -21,7 +21,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransfe
 from joinwise.actors.kv.blocks import KvBlocks
 from joinwise.actors.kv.client import KvClient
 from joinwise.actors.kv.frames import FrameRefusedError
-from joinwise.actors.kv.lanes import LanePool, LaneServer
+from joinwise.actors.kv.lanes.lane import LaneOptions
+from joinwise.actors.kv.lanes.pool import LanePool
+from joinwise.actors.kv.lanes.server import LaneServer
 from joinwise.actors.kv.layout import LayerGeometry, LayoutMismatchError
 from joinwise.actors.kv.receiving import Fetch, FetchReport, FetchSpec, LandingBudget
 from joinwise.actors.kv.sending import SendTable, SendTransfer
@@ -44,6 +46,7 @@ class KvSettings:
     host: str = "127.0.0.1"
     """Address to listen on; ports are chosen by the system."""
     transport: str = "auto"
+    codec: str = "none"
     frame_bytes: int = 1 << 20
     landing_bytes: int = 64 << 20
     lease_s: float = 60.0
@@ -142,15 +145,21 @@ class WorkerConnector:
             geometry=geometry,
         )
         kinds = {"auto": ("shm", "tcp"), "grpc": ()}.get(settings.transport, (settings.transport,))
-        lanes = None
+        device = str(next(iter(self.caches.values())).device)
+        slot_bytes = max(settings.frame_bytes, *self.blocks.block_bytes)
+        options = LaneOptions(slot_bytes=slot_bytes, device=device)
+        lanes = pool = None
         if kinds:
-            lanes = LaneServer(f"{settings.host}:0", token=settings.token, kinds=kinds, max_lanes=settings.max_streams)
+            lanes = LaneServer(f"{settings.host}:0", token=settings.token, kinds=kinds, options=options)
+            pool = LanePool(token=settings.token, options=options)
         self._client = KvClient(
             self.blocks,
             self._budget,
             token=settings.token,
             transport=settings.transport,
-            lanes=LanePool(token=settings.token) if kinds else None,
+            codec=settings.codec,
+            lanes=pool,
+            slot_bytes=slot_bytes,
         )
         self.server = KvServer(
             self._table,
@@ -161,6 +170,7 @@ class WorkerConnector:
             max_streams=settings.max_streams,
             token=settings.token,
             lanes=lanes,
+            lane_kinds=kinds,
         )
         return KvPort(self.server.address, self.blocks.layout.SerializeToString())
 
