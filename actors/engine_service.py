@@ -233,4 +233,3 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
             transfers_completed=kv.counters["completed"],
             transfers_failed=kv.counters["failed"],
         )
-

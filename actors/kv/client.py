@@ -225,9 +225,7 @@ class KvClient:
         channel = self._channel(peer)
         ask = channel.unary_unary(LAYOUT, kv_pb2.LayoutRequest.SerializeToString, kv_pb2.LayoutResponse.FromString)
         request = kv_pb2.LayoutRequest(layout=self._blocks.layout)
-        answer: kv_pb2.LayoutResponse = ask(
-            request, timeout=min(timeout, _LAYOUT_TIMEOUT_S), metadata=self._metadata
-        )
+        answer: kv_pb2.LayoutResponse = ask(request, timeout=min(timeout, _LAYOUT_TIMEOUT_S), metadata=self._metadata)
         return answer
 
     def _link(self, peer: str, answer: kv_pb2.LayoutResponse) -> Link:

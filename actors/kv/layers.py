@@ -110,15 +110,15 @@ class HostLayer:
     ) -> None:
         """See `KvLayer.unpack`."""
         interior = _interior(self._geometry)
-        kv_pack.unpack(payload, interior, self._cache, block_ids, first_token=first_token, heads=heads, wire_dtype=dtype)
+        kv_pack.unpack(
+            payload, interior, self._cache, block_ids, first_token=first_token, heads=heads, wire_dtype=dtype
+        )
 
 
 class DeviceLayer:
     """A cache in a device's memory: gathered there, copied through main memory, on a stream of its own."""
 
-    def __init__(
-        self, name: str, cache: torch.Tensor, num_blocks: int, geometry: LayerGeometry | None = None
-    ) -> None:
+    def __init__(self, name: str, cache: torch.Tensor, num_blocks: int, geometry: LayerGeometry | None = None) -> None:
         dimensions = [dimension for dimension, size in enumerate(cache.shape) if size == num_blocks]
         if not dimensions:
             raise UnsupportedKvCacheError(
@@ -213,7 +213,14 @@ def _pack(
     size = len(heads) * num_tokens * geometry.parts * geometry.head_dim * dtype.itemsize
     out = torch.empty(size, dtype=torch.uint8, device=cache.device)
     kv_pack.pack(
-        cache, interior, block_ids, first_token=first_token, num_tokens=num_tokens, heads=heads, out=out, wire_dtype=dtype
+        cache,
+        interior,
+        block_ids,
+        first_token=first_token,
+        num_tokens=num_tokens,
+        heads=heads,
+        out=out,
+        wire_dtype=dtype,
     )
     return out.cpu().numpy().data.cast("B")
 

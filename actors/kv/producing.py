@@ -44,9 +44,7 @@ class FrameProducer:
         self._blocks = blocks
         self._frame_bytes = frame_bytes
 
-    def frames(
-        self, transfer: SendTransfer, wanted: Wanted, alive: Callable[[], bool]
-    ) -> Generator[Frame, None, int]:
+    def frames(self, transfer: SendTransfer, wanted: Wanted, alive: Callable[[], bool]) -> Generator[Frame, None, int]:
         """All frames of one stream but the last, each as soon as it can be; waits for the prefill.
 
         Returns:
@@ -117,9 +115,7 @@ class FrameProducer:
         return [out[: kv_codec.encode(codec, plain, head_dim=head_dim, dtype=wanted.wire_dtype, out=out)]]
 
     @staticmethod
-    def _next_ready(
-        transfer: SendTransfer, sent: dict[int, int], alive: Callable[[], bool]
-    ) -> list[tuple[int, int]]:
+    def _next_ready(transfer: SendTransfer, sent: dict[int, int], alive: Callable[[], bool]) -> list[tuple[int, int]]:
         """Wait for blocks that are final and not yet sent: (layer, blocks ready) in layer order."""
         while True:
             with transfer.changed:

@@ -18,8 +18,15 @@ from joinwise.actors.kv.layout import PLAIN, WHOLE, PeerPlan
 from joinwise.kernels import kv_codec
 from joinwise.proto import kv_pb2
 
-CODECS = {PLAIN: "none", kv_pb2.ENCODING_INT8: "int8", kv_pb2.ENCODING_FP8: "fp8", kv_pb2.ENCODING_LOSSLESS: "lossless"}
+CODECS: dict[int, str] = {
+    PLAIN: "none",
+    kv_pb2.ENCODING_INT8: "int8",
+    kv_pb2.ENCODING_FP8: "fp8",
+    kv_pb2.ENCODING_LOSSLESS: "lossless",
+}
 """The codec of each canonical encoding."""
+
+
 class LandingBudget:
     """Bytes of KV that may be in memory between the wire and their blocks."""
 
@@ -264,7 +271,9 @@ class Importer:
         else:
             heads = range(header.first_head, header.first_head + header.num_heads)
             first = (header.first_token - self.spec.first_token) % self.blocks.block_size
-            self.blocks.unpack(layer, block_ids, first, heads, self._decode(layer, header, payload), self.plan.wire_dtype)
+            self.blocks.unpack(
+                layer, block_ids, first, heads, self._decode(layer, header, payload), self.plan.wire_dtype
+            )
         self.copying_s += time.monotonic() - begin
 
     def _decode(self, layer: int, header: FrameHeader, payload: memoryview) -> memoryview:

@@ -223,7 +223,12 @@ class KvServer:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
             return
         over = threading.Event()
-        context.add_callback(lambda: over.is_set() or lane.interrupt())
+
+        def ended() -> None:
+            if not over.is_set():
+                lane.interrupt()
+
+        context.add_callback(ended)
         try:
             sequence = 0
             for raw, payload in frames:

@@ -81,7 +81,9 @@ def _refuse(name: str, spec: Any) -> None:
     if isinstance(spec, SlidingWindowSpec | ChunkedLocalAttentionSpec):
         raise UnsupportedKvCacheError(f"layer {name!r} keeps a window of its KV only: this version cannot ship that")
     if spec.kv_quant_mode is not KVQuantMode.NONE:
-        raise UnsupportedKvCacheError(f"the KV cache of layer {name!r} has scales of its own ({spec.kv_quant_mode.name})")
+        raise UnsupportedKvCacheError(
+            f"the KV cache of layer {name!r} has scales of its own ({spec.kv_quant_mode.name})"
+        )
 
 
 def _learn(spec: AttentionSpec) -> BlockInterior | None:

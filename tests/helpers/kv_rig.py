@@ -17,7 +17,6 @@ from joinwise.actors.kv.lanes.lane import LaneOptions
 from joinwise.actors.kv.lanes.pool import LanePool
 from joinwise.actors.kv.lanes.server import LaneServer
 from joinwise.actors.kv.lanes.tcp import TcpSend
-from joinwise.actors.kv.layout import LayerGeometry
 from joinwise.actors.kv.receiving import Fetch as KvFetch
 from joinwise.actors.kv.receiving import FetchReport, FetchSpec, Importer, LandingBudget
 from joinwise.actors.kv.sending import SendTable, SendTransfer

@@ -17,11 +17,11 @@ from helpers.cluster import MODEL, RunningCluster
 from helpers.idle import assert_idle, leftovers
 from helpers.raw_gateway import attached, workers
 
+from joinwise.actors.kv.frames import PROTOCOL_VERSION
 from joinwise.cluster.config_model import RouterConfig
 from joinwise.cluster.router.registry import WorkerInfo
 from joinwise.cluster.router.router import Demand, Router
 from joinwise.cluster.store.client import connect
-from joinwise.actors.kv.frames import PROTOCOL_VERSION
 from joinwise.proto import engine_pb2, kv_pb2
 
 pytestmark = [pytest.mark.cluster, pytest.mark.model]

@@ -100,10 +100,18 @@ def started() -> Iterator[list]:
 
 
 def _transfer(
-    started: list, sends: list[Rank], receives: list[Rank], *, transport: str = "tcp", codec: str = "none", skip: int = 0
+    started: list,
+    sends: list[Rank],
+    receives: list[Rank],
+    *,
+    transport: str = "tcp",
+    codec: str = "none",
+    skip: int = 0,
 ) -> float:
     """One request from all ranks of a sender to all of a receiver; the largest difference."""
-    senders = [Sender(seed=index, frame_bytes=700, kinds=("tcp", "shm", "nccl"), **r.layout()) for index, r in enumerate(sends)]
+    senders = [
+        Sender(seed=index, frame_bytes=700, kinds=("tcp", "shm", "nccl"), **r.layout()) for index, r in enumerate(sends)
+    ]
     receivers = [Receiver(seed=50 + i, transport=transport, codec=codec, **r.layout()) for i, r in enumerate(receives)]
     started += [*senders, *receivers]
     for index, receiver in enumerate(receivers):
@@ -113,7 +121,9 @@ def _transfer(
     here = [_blocks(rank, 8) for rank in receives]
     transfers = [sender.open("t", ids, num_tokens=TOKENS) for sender, ids in zip(senders, there, strict=True)]
     fetches = [
-        receiver.fetch("t", ids[skip // rank.block_size :], peers, first_block=skip // rank.block_size, num_tokens=TOKENS)
+        receiver.fetch(
+            "t", ids[skip // rank.block_size :], peers, first_block=skip // rank.block_size, num_tokens=TOKENS
+        )
         for receiver, rank, ids in zip(receivers, receives, here, strict=True)
     ]
     for until in (1, 3, None):

@@ -9,7 +9,18 @@ import grpc
 import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from helpers.kv_rig import BLOCK_SIZE, LAYERS, Fetch, FrameProxy, Receiver, Sender, TamperedLanes, decode, eventually, make_caches
+from helpers.kv_rig import (
+    BLOCK_SIZE,
+    LAYERS,
+    Fetch,
+    FrameProxy,
+    Receiver,
+    Sender,
+    TamperedLanes,
+    decode,
+    eventually,
+    make_caches,
+)
 
 from joinwise.actors.kv.frames import FLAG_END, FrameHeader, FrameRefusedError, encode, transfer_tag
 from joinwise.actors.kv.lanes.lane import LaneClosedError
@@ -714,9 +725,7 @@ def _end(sequence: int) -> bytes:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_bad_frame_is_refused_for_its_reason(
-    sender: Sender, receiver: Receiver, transport: str, fault: str
-) -> None:
+def test_a_bad_frame_is_refused_for_its_reason(sender: Sender, receiver: Receiver, transport: str, fault: str) -> None:
     tamper, reason = FAULTS[fault]
     wire = _bad_wire(sender, transport, tamper)
     transfer = sender.open("t", [1, 2, 3, 4, 5, 6], epoch=7)
@@ -800,10 +809,7 @@ def _importer(name: str, block_ids: list[int], receiver: Receiver) -> Importer:
 def _frames_of(name: str, receiver: Receiver) -> list[bytes]:
     """All frames of a transfer of one block."""
     tag = transfer_tag(name)
-    frames = [
-        _frame(layer, layer, bytes(size))
-        for layer, size in enumerate(receiver.blocks.block_bytes)
-    ]
+    frames = [_frame(layer, layer, bytes(size)) for layer, size in enumerate(receiver.blocks.block_bytes)]
     return [*frames, encode(FrameHeader(tag, 1, len(frames), flags=FLAG_END))]
 
 

@@ -178,8 +178,8 @@ class SchedulerConnector:
                 else:
                     self._reports[report.request_id] = report
         for request_id in output.finished_recving or ():
-            if (report := self._reports.pop(request_id, None)) is not None:
-                self._on_report(report)
+            if request_id in self._reports:
+                self._on_report(self._reports.pop(request_id))
             receive = self._receives.get(request_id)
             if receive is not None:
                 receive.state = ReceiveState.OVER
