@@ -20,8 +20,6 @@ import pytest
 import redis
 import yaml
 
-from joinwise.cluster.config import load_config
-
 CHART = Path(__file__).parents[2] / "helm" / "joinwise"
 VALUES = {
     "redis": {"bundled": {"persistence": {"enabled": True}}},
@@ -105,12 +103,6 @@ def test_the_helm_test_sends_a_request(keys: str, code: int) -> None:
         server.shutdown()
     assert done.returncode == code, done.stderr
     assert ("tiny ' three'" in done.stdout) == (code == 0)
-
-
-def test_the_ray_job_has_a_valid_configuration() -> None:
-    config = load_config(CHART.parents[1] / "deploy" / "ray-job" / "joinwise.yaml", {})
-    assert [(pool.role, pool.device) for pool in config.pools] == [("prefill", "cpu"), ("decode", "cpu")]
-    assert (config.ray.address, config.redis.url) == ("auto", "embedded")
 
 
 def test_the_guide_s_values_are_valid() -> None:
