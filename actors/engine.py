@@ -31,8 +31,10 @@ from joinwise.actors.tls import Certificates, peers
 from joinwise.actors.vllm import build, connector
 from joinwise.actors.vllm.connector.worker import KvSettings
 from joinwise.actors.vllm.engine_loop import EngineLoop
+from joinwise.actors.vllm.kv_events import report_blocks
 from joinwise.cluster.config import JoinwiseConfig
 from joinwise.cluster.errors import ConfigError, JoinwiseError, RegistrationRefusedError, StoreUnavailableError
+from joinwise.cluster.router.prefix_log import PrefixLog
 from joinwise.cluster.router.registry import Registry, WorkerInfo, WorkerLoad
 from joinwise.cluster.store.client import connect
 from joinwise.proto import engine_pb2, engine_pb2_grpc
@@ -61,6 +63,8 @@ class EngineWorker:
         self._info: WorkerInfo | None = None
         self._heart: asyncio.Task[None] | None = None
         self._dead: BaseException | None = None
+        self._prefixes = PrefixLog(self._redis, config.cluster, config.router.prefix_log)
+        self._telling: asyncio.Task[None] | None = None
         self._token = ""
         self._certificates: Certificates | None = None
         self._ops: OpsServer | None = None
@@ -86,14 +90,20 @@ class EngineWorker:
         model = await asyncio.to_thread(resolve_model, self._model.model, revision=self._model.revision)
         arguments = self._config.engine_arguments(self._pool)
         self._service = EngineService(WorkerIdentity(self._config.cluster, self._spec.worker_id, 0))
-        config = await asyncio.to_thread(build.worker_config, str(model.path), arguments)
+        config = await asyncio.to_thread(
+            build.worker_config, str(model.path), arguments, kv_events=self._config.router.prefix_events
+        )
         self._engine = await asyncio.to_thread(self._build_engine, config, model.digest)
         self._service.bind(self._engine)
+        if self._config.router.prefix_events:
+            report_blocks(self._engine.core.scheduler, self._prefixes.note)
         self._engine.start()
         address = await self._serve()
         self._info = self._describe(config, model.digest, address)
         await self._register()
         self._heart = asyncio.create_task(self._beat())
+        if self._config.router.prefix_events:
+            self._telling = asyncio.create_task(self._prefixes.tell(self._who, self._config.router.heartbeat_s))
         logger.info("worker %s is ready after %.1f s", self._spec.worker_id, time.monotonic() - begin)
         return {
             "worker_id": self._info.worker_id,
@@ -120,8 +130,9 @@ class EngineWorker:
     async def drain(self, drain_s: float) -> None:
         """Leave the registry, and return when what runs has ended, or after `drain_s` seconds. Links stay open."""
         self._draining = True
-        if self._heart is not None:
-            self._heart.cancel()
+        for task in (self._heart, self._telling):
+            if task is not None:
+                task.cancel()
         await self._deregister()
         deadline = time.monotonic() + drain_s
         while self._engine is not None and time.monotonic() < deadline and await self._busy():  # noqa: ASYNC110
@@ -298,6 +309,10 @@ class EngineWorker:
                 logger.exception("the cluster refuses this worker")
             await asyncio.sleep(self._config.router.heartbeat_s)
         logger.error("worker %s is sick: %s", self._spec.worker_id, self.failure())
+
+    def _who(self) -> tuple[str, int]:
+        assert self._service is not None
+        return self._spec.worker_id, self._service.identity.epoch
 
     def _load(self) -> WorkerLoad:
         assert self._engine is not None

@@ -12,8 +12,9 @@ from typing import Any
 
 from joinwise.actors.gateway.failures import NotedErrors, note_error
 from joinwise.actors.gateway.ledgers import Ledgers
-from joinwise.actors.gateway.tickets import Ticket, call_tickets
+from joinwise.actors.gateway.tickets import Ticket, call_terms, call_tickets
 from joinwise.cluster.errors import JoinwiseError, RequestTooLargeError
+from joinwise.cluster.router.terms import PLAIN, Terms
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -39,10 +40,11 @@ class Front:
             return
         noted = NotedErrors()
         call = _Call(self._ledgers, receive, send, self._max_body_bytes, scope, noted)
-        token = call_tickets.set(call.tickets)
+        token, terms = call_tickets.set(call.tickets), call_terms.set(PLAIN)
         try:
             with noted:
                 call.check_length()
+                call_terms.set(Terms.parse(call.headers))
                 await self._app(scope, call.receive, call.send)
         except JoinwiseError as error:
             await call.refuse(error)
@@ -52,6 +54,7 @@ class Front:
             await call.refuse(noted.last)  # the application has made something else of it
         finally:
             call_tickets.reset(token)
+            call_terms.reset(terms)
             for ticket in call.tickets:
                 await ticket.settle()
 
@@ -89,18 +92,18 @@ class _Call:
         self._receive = receive
         self._send = send
         self._limit = max_body_bytes
-        self._headers = _headers(scope)
+        self.headers = _headers(scope)
         self._path = str(scope.get("path", ""))
         self._noted = noted
         self._held: list[Message] = []
         self._received = 0
         self._replaced = False
-        self._wants_ledger = self._headers.get("x-joinwise-ledger") == "1"
+        self._wants_ledger = self.headers.get("x-joinwise-ledger") == "1"
         self._streams = False
 
     def check_length(self) -> None:
         """Refuse a body whose length says that it is too large."""
-        length = self._headers.get("content-length", "")
+        length = self.headers.get("content-length", "")
         if length.isdigit() and int(length) > self._limit:
             raise self._too_large()
 

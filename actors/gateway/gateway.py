@@ -30,17 +30,19 @@ from joinwise.actors.gateway.grpc_server import GrpcOptions, GrpcServer, serve_g
 from joinwise.actors.gateway.inference import InferenceService
 from joinwise.actors.gateway.ledgers import Ledgers
 from joinwise.actors.gateway.links import Links
-from joinwise.actors.gateway.tickets import TicketOffice
+from joinwise.actors.gateway.tickets import TicketOffice, on_terms
 from joinwise.actors.gateway.utilities import Utilities
 from joinwise.actors.models import resolve_model
 from joinwise.actors.ops import OpsServer
 from joinwise.actors.tls import Certificates, peers
 from joinwise.actors.vllm.build import gateway_config
 from joinwise.actors.vllm.core_client import ClusterCore
+from joinwise.actors.vllm.kv_events import BlockNames
 from joinwise.actors.vllm.llm import ClusterLLM, cluster_llm
 from joinwise.cluster.client.types import ClusterStatus, WorkerStatus
 from joinwise.cluster.config import JoinwiseConfig
 from joinwise.cluster.errors import ConfigError, JoinwiseError, NoWorkerError
+from joinwise.cluster.router.prefix_index import PrefixFollower, PrefixIndex
 from joinwise.cluster.router.registry import Registry, WorkerInfo
 from joinwise.cluster.router.router import Router
 from joinwise.cluster.store.client import connect
@@ -78,6 +80,7 @@ class Gateway:
         self._redis = connect(redis_url, config.redis)
         self._registry = Registry(self._redis, config.cluster, config.router)
         self._router = Router(self._redis, config.cluster, config.router)
+        self._prefixes = PrefixIndex()
         self._ledgers = Ledgers(REGISTRY)
         self._jobs: list[asyncio.Task[None]] = []
         self._http: uvicorn.Server | None = None
@@ -127,7 +130,8 @@ class Gateway:
         )
         arguments = {**config.engine_arguments(self._serving_pool()), "max_model_len": worker.max_model_len}
         vllm_config = await asyncio.to_thread(gateway_config, str(model.path), arguments, [name])
-        self._llm = cluster_llm(vllm_config, self._core, TicketOffice(self._router, name))
+        blocks = BlockNames(vllm_config, worker.block_size) if config.router.prefix_events else None
+        self._llm = cluster_llm(vllm_config, self._core, TicketOffice(self._router, name), self._prefixes, blocks)
         args = self._front_end_args(str(model.path), name, worker.max_model_len)
         app: FastAPI = build_app(args, ("generate",), vllm_config.model_config)
         app.add_exception_handler(JoinwiseError, _on_error)
@@ -137,9 +141,11 @@ class Gateway:
         adapters = Adapters(self._registry, utilities, app.state.openai_serving_models, name, enabled=enabled)
         await adapters.sync()
         app.include_router(adapters.routes(admin=config.gateway.admin))
-        self._service = InferenceService(app.state, status=self._status, ledger=self._ledger_of)
+        self._service = InferenceService(app.state, status=self._status, ledger=self._ledger_of, admission=on_terms)
         _RUNNING.set_function(lambda: len(self.running()))
-        jobs = (self._renew(), self._expire(), self._watch(), adapters.follow(config.router.heartbeat_s))
+        jobs = [self._renew(), self._expire(), self._watch(), adapters.follow(config.router.heartbeat_s)]
+        if config.router.prefix_events:
+            jobs.append(PrefixFollower(self._redis, config.cluster, self._prefixes).follow())
         self._jobs = [asyncio.create_task(job) for job in jobs]
         return Front(app, self._ledgers, max_body_bytes=config.gateway.max_body_bytes)
 
@@ -294,6 +300,7 @@ class Gateway:
             with contextlib.suppress(JoinwiseError):
                 workers = await self._registry.list()
                 self._served = frozenset(each.role for each in workers if each.model == self._model.public_name)
+                self._prefixes.keep({each.worker_id: each.epoch for each in workers})
             await asyncio.sleep(self._config.router.heartbeat_s)
 
     def _open_ops(self, port: int) -> OpsServer:

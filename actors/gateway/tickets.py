@@ -6,46 +6,68 @@ the HTTP middleware, or by the gRPC servicer), so that 429 and 503 are real stat
 is not used settles its leases.
 """
 
+import asyncio
 import contextlib
 import time
+from collections.abc import AsyncIterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from joinwise.actors.gateway.failures import note_error
 from joinwise.cluster.errors import JoinwiseError
-from joinwise.cluster.router.router import Assignment, Demand, Router
+from joinwise.cluster.router.router import Assignment, Demand, Held, Router, Terms, samples_of
+from joinwise.cluster.router.terms import MAX_PRIORITY, PLAIN
 
 #: The tickets made while one client call is served; set by the front doors.
 call_tickets: ContextVar["list[Ticket] | None"] = ContextVar("joinwise_call_tickets", default=None)
+#: What the caller has said of itself in headers or metadata; set by the front doors.
+call_terms: ContextVar[Terms] = ContextVar("joinwise_call_terms", default=PLAIN)
 #: The ticket whose requests are being added in this task.
 active_ticket: ContextVar["Ticket | None"] = ContextVar("joinwise_active_ticket", default=None)
 
 
+@contextlib.asynccontextmanager
+async def on_terms(request_id: str, request: object, metadata: Mapping[str, str]) -> AsyncIterator[None]:
+    """The admission of a gRPC call: its metadata says what headers say over HTTP.
+
+    Raises:
+        InvalidRequestError: one that does not parse.
+    """
+    token = call_terms.set(Terms.parse(metadata))
+    try:
+        yield
+    finally:
+        call_terms.reset(token)
+
+
 @dataclass
 class Ticket:
-    """Leases for the `n` samples of one request.
+    """The lease for the `n` samples of one request.
 
     Attributes:
         request_id: the client call's id, as vLLM's front end made it.
-        demands: one per sample.
+        demand: for all samples.
         created: monotonic time at which the request was rendered.
-        assignments: leases taken and not yet used.
+        assignments: parts of the lease that no sample has taken yet.
         started: vLLM's ids of the samples that were started; their ledgers are kept under these.
         routed_s: seconds that routing took.
+        prompt_ready: set when the decode worker holds the prompt's KV; until then all samples but the first wait, so
+            that the prompt is computed, and sent, once.
     """
 
     request_id: str
     router: Router
-    demands: list[Demand]
+    demand: Demand
     created: float = field(default_factory=time.monotonic)
     assignments: list[Assignment] = field(default_factory=list)
     started: list[str] = field(default_factory=list)
     routed_s: float = 0.0
     admitted: bool = False
     failure: JoinwiseError | None = None
+    prompt_ready: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def admit(self) -> None:
-        """Reserve workers for every sample; all or none.
+        """Reserve workers for all samples at once.
 
         Raises:
             JoinwiseError: no worker, no room, or no Redis.
@@ -57,8 +79,7 @@ class Ticket:
         self.admitted = True
         begin = time.monotonic()
         try:
-            for demand in self.demands:
-                self.assignments.append(await self.router.route(demand))
+            self.assignments = samples_of(await self.router.route(self.demand), self.demand.samples)
         except BaseException as error:
             if isinstance(error, JoinwiseError):
                 self.failure = note_error(error)
@@ -67,14 +88,14 @@ class Ticket:
         self.routed_s = time.monotonic() - begin
 
     def take(self) -> Assignment | None:
-        """The lease of the next sample; its taker settles it."""
+        """The next sample's part of the lease; its taker settles it."""
         return self.assignments.pop(0) if self.assignments else None
 
     async def settle(self) -> None:
-        """Give back the leases that nobody took; those that Redis does not take back expire by themselves."""
+        """Give back the parts that nobody took; those that Redis does not take back expire by themselves."""
         while self.assignments:
             with contextlib.suppress(JoinwiseError):
-                await self.router.settle(self.assignments.pop(0))
+                await self.router.settle(self.assignments.pop(0), generated=0)
 
 
 @dataclass(frozen=True)
@@ -93,18 +114,25 @@ class TicketOffice:
         samples: int,
         whole: bool,
         adapter: str | None,
+        priority: int = 0,
+        held: Mapping[str, Held] | None = None,
     ) -> Ticket:
-        """A ticket for `samples` equal requests. Token counts are per sample."""
-        needs = frozenset({f"lora:{adapter}"} if adapter else ())
-        demands = [
-            Demand(
-                request_id=f"{request_id}:{index}" if samples > 1 else request_id,
-                model=self.model,
-                prompt_tokens=prompt_tokens,
-                max_new_tokens=max_new_tokens,
-                whole=whole,
-                needs=needs,
-            )
-            for index in range(samples)
-        ]
-        return Ticket(request_id, self.router, demands)
+        """A ticket for `samples` equal requests of the call that runs now. Token counts are per sample.
+
+        Args:
+            priority: as the request says; the caller's header holds where it says nothing.
+            held: the prefix that workers hold, by worker.
+        """
+        terms = call_terms.get()
+        demand = Demand(
+            request_id=request_id,
+            model=self.model,
+            prompt_tokens=prompt_tokens,
+            max_new_tokens=max_new_tokens,
+            whole=whole,
+            needs=frozenset({f"lora:{adapter}"} if adapter else ()),
+            samples=samples,
+            held=held or {},
+            terms=replace(terms, priority=max(-MAX_PRIORITY, min(MAX_PRIORITY, priority or terms.priority))),
+        )
+        return Ticket(request_id, self.router, demand)

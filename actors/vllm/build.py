@@ -7,17 +7,19 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.usage.usage_lib import UsageContext
 
 from joinwise.actors.vllm import connector
+from joinwise.actors.vllm.kv_events import events_config
 from joinwise.cluster.errors import ConfigError
 
 REPLAY = "joinwise.actors.vllm.replay:ReplayLogitsProcessor"
 
 
-def worker_config(model_path: str, engine: dict[str, Any]) -> VllmConfig:
+def worker_config(model_path: str, engine: dict[str, Any], *, kv_events: bool = False) -> VllmConfig:
     """Configuration of an engine that can send and receive KV, and replay.
 
     Args:
         model_path: local folder of the model.
         engine: vLLM engine arguments by name, from the pool's configuration.
+        kv_events: tell of every block that its cache gains or loses (`kv_events.report_blocks`).
 
     Raises:
         ConfigError: an argument that vLLM does not know, or a value that it refuses.
@@ -36,7 +38,11 @@ def worker_config(model_path: str, engine: dict[str, Any]) -> VllmConfig:
         # enter between two steps.
         "async_scheduling": False,
         "enable_prefix_caching": True,
+        # Equal priorities are served in the order in which they came.
+        "scheduling_policy": "priority",
     }
+    if kv_events:
+        ours["kv_events_config"] = events_config()
     return _config(model_path, {**defaults, **engine, **ours})
 
 

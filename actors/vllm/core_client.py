@@ -14,7 +14,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from contextvars import Context, copy_context
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,7 +27,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 from joinwise.actors.gateway.failures import note_error
 from joinwise.actors.gateway.ledgers import LedgerBuilder
 from joinwise.actors.gateway.links import Links
-from joinwise.actors.gateway.tickets import active_ticket
+from joinwise.actors.gateway.tickets import Ticket, active_ticket
 from joinwise.actors.gateway.utilities import Utilities
 from joinwise.actors.vllm import split
 from joinwise.actors.vllm.handoff import Handoff
@@ -45,6 +45,7 @@ class _Live:
     """One request of vLLM's front end while it runs."""
 
     request: EngineCoreRequest
+    ticket: Ticket
     assignment: Assignment
     merge: split.Merge
     ledger: LedgerBuilder
@@ -122,12 +123,12 @@ class ClusterCore(EngineCoreClient):
         ledger = LedgerBuilder(
             request_id=request.request_id,
             call_id=request.external_req_id or request.request_id,
-            model=ticket.demands[0].model,
+            model=ticket.demand.model,
             created=ticket.created,
             routed_s=ticket.routed_s,
             prompt_tokens=len(request.prompt_token_ids or ()),
         )
-        live = _Live(request, assignment, split.Merge(request.sampling_params.max_tokens), ledger)
+        live = _Live(request, ticket, assignment, split.Merge(request.sampling_params.max_tokens), ledger)
         self._live[request.request_id] = live
         ticket.started.append(request.request_id)
         # Not awaited: a client that leaves while links open would cancel us in here, and vLLM aborts only what it
@@ -203,7 +204,13 @@ class ClusterCore(EngineCoreClient):
 
     async def _start(self, live: _Live) -> None:
         """Send the parts of a request to their workers, unless it has ended or moved while links opened."""
-        request, assignment, attempt = live.request, live.assignment, live.attempt
+        request, attempt = live.request, live.attempt
+        if live.assignment.sample and not attempt:  # the first sample brings the prompt's KV to the decode worker
+            await live.ticket.prompt_ready.wait()
+            if not self._is_at(live, attempt):
+                return
+            live.assignment = replace(live.assignment, prefill=None)
+        assignment = live.assignment
         request_id = request.request_id
         live.ledger.assigned(assignment, attempt)
         prefill, decode = assignment.prefill, assignment.decode
@@ -272,6 +279,7 @@ class ClusterCore(EngineCoreClient):
             if output.new_token_ids or merged.finish_reason is not None:
                 self._prefill_ended(live)
         else:
+            live.ticket.prompt_ready.set()
             skipping, step_s = live.merge.to_skip, split.step_seconds(output, now)
             joined = live.prefill_done or bool(live.attempt and live.merge.emitted)
             merged = live.merge.from_decode(output, joined=joined)
@@ -327,8 +335,9 @@ class ClusterCore(EngineCoreClient):
         live.prefill_id = live.decode_id = ""  # what their parts still say is not heard
         live.lost_on.add(lost.worker_id)
         live.attempt += 1
+        live.ticket.prompt_ready.set()
         with contextlib.suppress(JoinwiseError):  # the lease expires by itself
-            await self._router.settle(live.assignment)
+            await self._router.settle(live.assignment, generated=len(live.merge.emitted))
         if live.attempt >= _MAX_ATTEMPTS:
             logger.error("request %s lost %d workers, giving up: %s", request_id, live.attempt, reason)
             self._fail(live, WorkerLostError(f"the request has lost {live.attempt} workers, and ends: {reason}"))
@@ -343,7 +352,10 @@ class ClusterCore(EngineCoreClient):
                     prompt_tokens=len(live.request.prompt_token_ids or ()) + len(live.merge.emitted),
                     max_new_tokens=max(1, (params.max_tokens or 1) - len(live.merge.emitted)),
                     whole=True,
+                    needs=live.ticket.demand.needs,
                     exclude=frozenset(live.lost_on),
+                    terms=live.ticket.demand.terms,
+                    urgent=True,
                 )
             )
         except JoinwiseError as error:
@@ -352,7 +364,7 @@ class ClusterCore(EngineCoreClient):
             return
         if self._live.get(request_id) is not live:
             with contextlib.suppress(JoinwiseError):
-                await self._router.settle(live.assignment)
+                await self._router.settle(live.assignment, generated=0)
             return
         logger.warning("request %s moves to %s: %s", request_id, live.assignment.decode.worker_id, reason)
         live.ledger.recomputed = True
@@ -370,12 +382,13 @@ class ClusterCore(EngineCoreClient):
     def _end(self, live: _Live, reason: str, *, settle: bool = True) -> None:
         if self._live.pop(live.request.request_id, None) is None:
             return
+        live.ticket.prompt_ready.set()
         if live.fetched is None:
             self._free_sender(live)
         live.ledger.finish(reason, time.monotonic())
         self._on_ledger(live.request.request_id, live.ledger)
         if settle:
-            self._spawn(self._router.settle(live.assignment))
+            self._spawn(self._router.settle(live.assignment, generated=len(live.merge.emitted)))
 
     def _abort_part(self, worker: WorkerRef | None, part: str) -> None:
         link = self._links.find(worker) if worker is not None and part else None

@@ -14,13 +14,23 @@ from joinwise.actors.gateway.failures import note_error
 from joinwise.actors.gateway.tickets import Ticket, TicketOffice, active_ticket, call_tickets
 from joinwise.actors.vllm import split
 from joinwise.actors.vllm.core_client import ClusterCore
+from joinwise.actors.vllm.kv_events import BlockNames
 from joinwise.cluster.errors import InvalidRequestError, JoinwiseError, NotSupportedError
+from joinwise.cluster.router.ask import MAX_HOLDERS
+from joinwise.cluster.router.prefix_index import PrefixIndex
 
 
-def cluster_llm(config: VllmConfig, core: ClusterCore, office: TicketOffice) -> "ClusterLLM":
+def cluster_llm(
+    config: VllmConfig,
+    core: ClusterCore,
+    office: TicketOffice,
+    prefixes: PrefixIndex | None = None,
+    blocks: BlockNames | None = None,
+) -> "ClusterLLM":
     """Build the front end over our core, in place of the client that vLLM would make.
 
-    Must be called on the event loop that will serve; nothing else may build an `AsyncLLM` meanwhile.
+    Must be called on the event loop that will serve; nothing else may build an `AsyncLLM` meanwhile. With `prefixes`
+    and `blocks` requests are routed to where their prefix is.
     """
     original = EngineCoreClient.make_async_mp_client
     EngineCoreClient.make_async_mp_client = staticmethod(lambda *args, **kwargs: core)  # type: ignore[assignment]
@@ -28,7 +38,7 @@ def cluster_llm(config: VllmConfig, core: ClusterCore, office: TicketOffice) -> 
         llm = ClusterLLM(config, Executor.get_class(config), log_stats=True, log_requests=False)
     finally:
         EngineCoreClient.make_async_mp_client = staticmethod(original)  # type: ignore[method-assign]
-    llm.office = office
+    llm.office, llm.prefixes, llm.blocks = office, prefixes, blocks
     return llm
 
 
@@ -36,6 +46,8 @@ class ClusterLLM(AsyncLLM):
     """An `EngineClient` whose requests are checked and routed before they are streamed."""
 
     office: TicketOffice
+    prefixes: PrefixIndex | None = None
+    blocks: BlockNames | None = None
 
     def generate(  # type: ignore[override]  # vLLM's is an async generator; ours begins when it is called
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any
@@ -47,12 +59,13 @@ class ClusterLLM(AsyncLLM):
             vllm.exceptions.VLLMValidationError: what vLLM's own checks refuse.
         """
         try:
-            ticket = self._ticket(prompt, sampling_params, request_id, kwargs.get("lora_request"))
+            ticket = self._ticket(prompt, sampling_params, request_id, kwargs)
         except JoinwiseError as error:
             raise note_error(error) from None
         tickets = call_tickets.get()
         if tickets is not None:
             tickets.append(ticket)
+        kwargs["priority"] = ticket.demand.terms.priority
         return self._run(ticket, super().generate(prompt, sampling_params, request_id, **kwargs))
 
     async def _run(
@@ -72,17 +85,22 @@ class ClusterLLM(AsyncLLM):
             await outputs.aclose()
             await ticket.settle()
 
-    def _ticket(self, prompt: Any, params: SamplingParams, request_id: str, lora: Any) -> Ticket:
+    def _ticket(self, prompt: Any, params: SamplingParams, request_id: str, given: dict[str, Any]) -> Ticket:
         if not isinstance(prompt, dict) or prompt.get("type") not in ("token", "embeds"):
             kind = prompt.get("type", "unknown") if isinstance(prompt, dict) else type(prompt).__name__
             raise InvalidRequestError(f"{kind} input is not supported: send text", request_id=request_id)
         split.refuse_reserved(params)
+        lora = given.get("lora_request")
         # vLLM validates lazily, after a streaming response has begun; validate now, and on a copy.
         checked = self.input_processor.process_inputs(
             request_id, cast(Any, prompt), params, supported_tasks=("generate",), lora_request=lora
         )
         checked_params = checked.sampling_params
         assert checked_params is not None
+        held = None
+        if self.prefixes and self.blocks is not None and checked.prompt_token_ids and checked.prompt_embeds is None:
+            names = self.blocks.of(checked.prompt_token_ids, lora=lora, cache_salt=checked.cache_salt)
+            held = self.prefixes.held(names, self.blocks.block_size, MAX_HOLDERS)
         return self.office.ticket(
             request_id=request_id,
             prompt_tokens=len(checked.prompt_token_ids or ()) or 1,
@@ -90,6 +108,8 @@ class ClusterLLM(AsyncLLM):
             samples=params.n,
             whole=bool(split.whole_reason(checked_params, has_embeds=checked.prompt_embeds is not None)),
             adapter=lora.lora_name if lora is not None else None,
+            priority=int(given.get("priority") or 0),
+            held=held,
         )
 
 

@@ -26,7 +26,7 @@ from joinwise.cluster.router.terms import Terms
 from joinwise.cluster.store.client import Scripts, StoreClock, store_errors
 from joinwise.cluster.store.keys import Keys
 
-__all__ = ["Assignment", "Demand", "Held", "Router", "Terms", "WorkerRef"]
+__all__ = ["Assignment", "Demand", "Held", "Router", "Terms", "WorkerRef", "samples_of"]
 
 _EXPIRE_BATCH = 256
 _ENDING = ("common", "tenants", "leases")

@@ -16,7 +16,7 @@ from joinwise.actors.gateway.tickets import Ticket, active_ticket
 from joinwise.actors.vllm.core_client import ClusterCore
 from joinwise.actors.vllm.handoff import Handoff, replay_of
 from joinwise.cluster.errors import JoinwiseError, NoWorkerError, StoreUnavailableError, WorkerLostError
-from joinwise.cluster.router.router import Assignment, Demand, WorkerRef
+from joinwise.cluster.router.router import Assignment, Demand, WorkerRef, samples_of
 from joinwise.proto import engine_pb2
 
 P, D, E = (WorkerRef(name, 1, f"{name}:1", f"{name}:2") for name in ("p", "d", "e"))
@@ -39,7 +39,7 @@ class FakeRouter:
             raise answer
         return answer
 
-    async def settle(self, assignment: Assignment) -> bool:
+    async def settle(self, assignment: Assignment, generated: int | None = None) -> bool:
         if self.settle_error is not None:
             raise self.settle_error
         self.settled.append(assignment.lease_id)
@@ -108,7 +108,9 @@ class World:
             transfer_timeout_s=5.0,
         )
 
-    async def add(self, assignment: Assignment, request_id: str = "r", **params: Any) -> None:
+    async def add(
+        self, assignment: Assignment, request_id: str = "r", ticket: Ticket | None = None, **params: Any
+    ) -> None:
         request = EngineCoreRequest(
             request_id=request_id,
             prompt_token_ids=[1, 2, 3],
@@ -121,7 +123,8 @@ class World:
             data_parallel_rank=None,
         )
         demand = Demand(request_id, "m", 3, 8, False)
-        ticket = Ticket(request_id, self.router, [demand], assignments=[assignment])  # type: ignore[arg-type]
+        ticket = ticket or Ticket(request_id, self.router, demand)  # type: ignore[arg-type]
+        ticket.assignments.append(assignment)
         token = active_ticket.set(ticket)
         try:
             await self.core.add_request_async(request)
@@ -349,3 +352,59 @@ async def test_a_request_without_a_lease_ends_with_an_error(world: World) -> Non
     await world.core.add_request_async(request)
     assert world.outputs() == [([], FinishReason.ERROR)]
     assert world.core.running == []
+
+
+# --- samples of one request -------------------------------------------------------------------------------------------
+
+
+async def two_samples(world: World, prefill: WorkerRef | None) -> None:
+    ticket = Ticket("r", world.router, Demand("r", "m", 3, 8, samples=2))  # type: ignore[arg-type]
+    first, second = samples_of(lease("l", prefill, D), 2)
+    await world.add(first, "a", ticket)
+    await world.add(second, "b", ticket)
+
+
+@pytest.mark.parametrize("prefill", [P, None])
+async def test_the_second_sample_waits_for_the_prompt_and_computes_none(
+    world: World, prefill: WorkerRef | None
+) -> None:
+    await two_samples(world, prefill)
+    assert world.links.links[D].summary == [("add", "a.0.d")]
+    if prefill is not None:
+        world.says(P, "a.0.p", 5)
+    world.says(D, "a.0.d", 5)
+    await world.settle_down()
+    assert world.links.links[D].summary[-1] == ("add", "b.0.d")
+    assert [kind for kind, _ in world.links.links[P].summary] == ["add"] * (prefill is not None)
+    assert world.links.links[D].sent[-1][1].sampling_params.extra_args == {}  # it fetches nothing
+    world.says(D, "b.0.d", 6, finish=FinishReason.STOP)
+    world.says(D, "a.0.d", 7, finish=FinishReason.STOP)
+    await world.settle_down()
+    assert (world.core.running, world.router.settled) == ([], ["l", "l"])
+
+
+@pytest.mark.parametrize("loss", ["ends", "aborted", "worker"])
+async def test_whatever_becomes_of_the_first_sample_the_second_goes_on(world: World, loss: str) -> None:
+    await two_samples(world, P)
+    if loss == "ends":
+        world.says(P, "a.0.p", 5, finish=FinishReason.STOP)
+    elif loss == "aborted":
+        await world.core.abort_requests_async(["a"])
+    else:
+        world.router.next = [lease("l2", None, E), lease("l3", None, E)]
+        await world.core.on_lost(D, "gone")
+    await world.settle_down()
+    target, part = (E, "b.1.d") if loss == "worker" else (D, "b.0.d")
+    assert ("add", part) in world.links.links[target].summary
+    world.says(target, part, 6, finish=FinishReason.STOP)
+    await world.settle_down()
+    assert "b" not in world.core.running
+
+
+async def test_a_waiting_sample_that_is_aborted_is_never_sent(world: World) -> None:
+    await two_samples(world, P)
+    await world.core.abort_requests_async(["b"])
+    world.says(D, "a.0.d", 5)
+    await world.settle_down()
+    assert world.links.links[D].summary == [("add", "a.0.d")]
+    assert world.core.running == ["a"]

@@ -34,11 +34,11 @@ class FakeRouter:
     async def route(self, demand: Demand) -> Assignment:
         if self.error is not None:
             raise self.error
-        self.held.append(demand.request_id)
+        self.held += [f"{demand.request_id}{sample}" for sample in range(demand.samples)]
         return Assignment(demand.request_id, 1, None, WorkerRef("w", 1, "a:1", "a:2"), "whole", 0)
 
-    async def settle(self, assignment: Assignment) -> bool:
-        self.held.remove(assignment.lease_id)
+    async def settle(self, assignment: Assignment, generated: int | None = None) -> bool:
+        self.held.remove(f"{assignment.lease_id}{assignment.sample}")
         return True
 
 
@@ -87,8 +87,7 @@ class World:
         return StreamingResponse(stream(), media_type="text/event-stream")
 
     def generate(self, samples: int) -> Any:
-        demands = [Demand(f"r{index}", "m", 1, 1, False) for index in range(samples)]
-        ticket = Ticket("r", self.router, demands)  # type: ignore[arg-type]
+        ticket = Ticket("r", self.router, Demand("r", "m", 1, 1, samples=samples))  # type: ignore[arg-type]
         tickets = call_tickets.get()
         assert tickets is not None
         tickets.append(ticket)
@@ -98,7 +97,7 @@ class World:
         await ticket.admit()
         self.generated += 1
         while assignment := ticket.take():
-            request_id = assignment.lease_id
+            request_id = f"{assignment.lease_id}{assignment.sample}"
             ticket.started.append(request_id)
             builder = LedgerBuilder(
                 request_id=request_id, call_id=request_id, model="m", created=0.0, routed_s=0.0, prompt_tokens=3
