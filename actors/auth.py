@@ -14,7 +14,8 @@ from grpc_health.v1 import health_pb2
 from joinwise.cluster.errors import UnauthorizedError
 
 _HEADER = "authorization"
-_OPEN_TO_ALL = f"/{health_pb2.DESCRIPTOR.services_by_name['Health'].full_name}/"
+#: Prefix of the methods that need no token.
+OPEN_TO_ALL = f"/{health_pb2.DESCRIPTOR.services_by_name['Health'].full_name}/"
 _REFUSAL = "no token, or one that is not known: send `authorization: Bearer <token>`"
 _TRAILER = (("joinwise-error", UnauthorizedError.code),)
 
@@ -44,7 +45,7 @@ class TokenCheck:
 
     def passes(self, details: grpc.HandlerCallDetails) -> bool:
         """Whether a call shows a known token, or needs none."""
-        if not self._known or details.method.startswith(_OPEN_TO_ALL):
+        if not self._known or details.method.startswith(OPEN_TO_ALL):
             return True
         metadata: Iterable[tuple[str, Any]] = details.invocation_metadata or ()
         given = str(dict(metadata).get(_HEADER, "")).encode()
@@ -69,7 +70,7 @@ class AsyncBearer(grpc.aio.ServerInterceptor):
         async def refuse(request: object, context: grpc.aio.ServicerContext) -> None:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, _REFUSAL, _TRAILER)
 
-        return handler if self._check.passes(handler_call_details) else _in_shape_of(handler, refuse)
+        return handler if self._check.passes(handler_call_details) else in_shape_of(handler, refuse)
 
 
 class Bearer(grpc.ServerInterceptor):
@@ -90,10 +91,10 @@ class Bearer(grpc.ServerInterceptor):
             context.set_trailing_metadata(_TRAILER)
             context.abort(grpc.StatusCode.UNAUTHENTICATED, _REFUSAL)
 
-        return handler if self._check.passes(handler_call_details) else _in_shape_of(handler, refuse)
+        return handler if self._check.passes(handler_call_details) else in_shape_of(handler, refuse)
 
 
-def _in_shape_of(handler: grpc.RpcMethodHandler | None, refuse: Callable[..., Any]) -> grpc.RpcMethodHandler | None:
+def in_shape_of(handler: grpc.RpcMethodHandler | None, refuse: Callable[..., Any]) -> grpc.RpcMethodHandler | None:
     """A handler that refuses, with the streaming shape of the one in whose place it stands."""
     if handler is None:
         return None

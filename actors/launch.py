@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from joinwise.actors import ray_api
+from joinwise.actors import logs, ray_api
 from joinwise.actors.models import resolve_model
 from joinwise.actors.runfile import RunFile
 from joinwise.actors.spec import WorkerSpec
@@ -393,14 +393,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m joinwise.actors.launch", description=__doc__)
     parser.add_argument("-f", "--file", type=Path, help="joinwise.yaml; the demo's configuration without it")
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     begin = time.monotonic()
 
     def say(line: str) -> None:
         print(f"[{time.monotonic() - begin:6.1f} s] {line}", flush=True)
 
     try:
-        asyncio.run(run(load_config(arguments.file), say))
+        config = load_config(arguments.file)
+        logs.setup(config, "info")
+        asyncio.run(run(config, say))
     except JoinwiseError as error:
         sys.exit(f"{FAILED}{error}")
 

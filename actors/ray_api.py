@@ -231,8 +231,11 @@ class _Host:
         import importlib
         import logging
 
-        logging.basicConfig(level=self._log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
-        logging.getLogger("httpx").setLevel(logging.WARNING)
+        from joinwise.actors import logs
+
+        for config in self._arguments:
+            if isinstance(config, JoinwiseConfig):
+                logs.setup(config, self._log_level)
         module, _, function = self._target.partition(":")
         try:
             self._hosted = getattr(importlib.import_module(module), function)(*self._arguments)

@@ -10,7 +10,7 @@ from joinwise.cluster.config_model import JoinwiseConfig, PoolConfig
 
 def problems(config: JoinwiseConfig) -> list[str]:
     """Every way in which `config` cannot work, one sentence each; empty when it can."""
-    return [*_models(config), *_pools(config), *_gateway(config), *_router(config)]
+    return [*_models(config), *_pools(config), *_gateway(config), *_redis(config), *_router(config)]
 
 
 def _models(config: JoinwiseConfig) -> Iterator[str]:
@@ -60,6 +60,16 @@ def _gateway(config: JoinwiseConfig) -> Iterator[str]:
         yield "gateway.enable_auto_tools needs gateway.tool_parser"
     if any(not key.strip() for key in gateway.api_keys):
         yield "gateway.api_keys holds an empty key; remove it"
+    if gateway.jwt is not None and (gateway.jwt.jwks_file is None) == (gateway.jwt.jwks_url is None):
+        yield "gateway.jwt needs one of jwks_file and jwks_url"
+
+
+def _redis(config: JoinwiseConfig) -> Iterator[str]:
+    tls = config.redis.tls
+    if tls is not None and (tls.cert is None) != (tls.key is None):
+        yield "redis.tls: a client certificate needs both cert and key"
+    if tls is not None and config.redis.url.startswith(("redis://", "unix://")):
+        yield "redis.tls is set, but redis.url does not speak TLS: write rediss://"
 
 
 def _router(config: JoinwiseConfig) -> Iterator[str]:

@@ -276,9 +276,9 @@ class LimitsConfig(Section):
     headers: int = Field(default=100, ge=8, le=10_000)
     """Number of headers of a request; more get 431."""
     concurrent: int = Field(default=2048, ge=1, le=1_000_000)
-    """Calls at a time on each listener, streams included; more get 503 (RESOURCE_EXHAUSTED over gRPC)."""
+    """Calls at a time on each listener, streams included; more get 429 (RESOURCE_EXHAUSTED over gRPC)."""
     body_s: Seconds = 30.0
-    """Seconds in which a body must have arrived; later it gets 408."""
+    """Seconds in which a request's head must have arrived, and then its body; a late body gets 408."""
     request_s: Seconds = 3600.0
     """Seconds after which a call is ended, whatever it is doing."""
 

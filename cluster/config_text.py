@@ -94,6 +94,8 @@ def _sentence(detail: ErrorDetails, root: type[BaseModel], where: Mapping[str, s
     if detail["type"] == "string_pattern_mismatch" and path[-1] in ("cluster", "name"):
         text = "must be lower-case letters, digits and inner hyphens, at most 63"
     given = detail["input"]
+    if "api_keys" in path or path[-1] == "url":
+        given = ()  # a secret, or an address that may hold one
     shown = f", not {given!r}" if isinstance(given, str | int | float | bool) or given is None else ""
     return f"{spell(path)}{at}: {text[0].lower() + text[1:]}{shown if 'belongs to joinwise' not in text else ''}"
 

@@ -56,6 +56,12 @@ class UnauthorizedError(JoinwiseError):
     code, http_status, grpc_status = "unauthorized", 401, "UNAUTHENTICATED"
 
 
+class ForbiddenError(JoinwiseError):
+    """The API key is known, and does not allow this."""
+
+    code, http_status, grpc_status = "forbidden", 403, "PERMISSION_DENIED"
+
+
 class ModelNotFoundError(JoinwiseError):
     """No such model or adapter is served here."""
 
@@ -66,6 +72,18 @@ class RequestTooLargeError(JoinwiseError):
     """The body is larger than the gateway accepts."""
 
     code, http_status, grpc_status = "request_too_large", 413, "RESOURCE_EXHAUSTED"
+
+
+class HeadersTooLargeError(JoinwiseError):
+    """More headers than the gateway accepts."""
+
+    code, http_status, grpc_status = "headers_too_large", 431, "RESOURCE_EXHAUSTED"
+
+
+class RequestTimeoutError(JoinwiseError):
+    """The body did not arrive in time."""
+
+    code, http_status, grpc_status = "request_timeout", 408, "DEADLINE_EXCEEDED"
 
 
 class NotSupportedError(JoinwiseError):

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 import grpc
 import pydantic
+from prometheus_client import Counter
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 
 from joinwise.cluster import errors
@@ -30,6 +31,7 @@ _KIND_OF_HTTP: Mapping[int, type[errors.JoinwiseError]] = {
     503: errors.NoWorkerError,
     504: errors.DeadlineExceededError,
 }
+_REFUSALS = Counter("joinwise:refusals", "Calls refused or ended by an error, by its code", ["reason"])
 _MAX_REPORTED = 5  # validation errors named in one message
 _MAX_MESSAGE = 2000  # characters; a status travels in HTTP/2 headers, which are bounded
 _MAX_PART = 300  # characters of one validation error
@@ -71,6 +73,11 @@ def note_error(error: errors.JoinwiseError) -> errors.JoinwiseError:
     if noted is not None:
         noted.last = error
     return error
+
+
+def count_refusal(error: errors.JoinwiseError) -> None:
+    """Count a call that ends with this error, in `joinwise:refusals_total` by its code."""
+    _REFUSALS.labels(error.code).inc()
 
 
 def as_joinwise_error(exc: Exception, noted: errors.JoinwiseError | None = None) -> errors.JoinwiseError:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from joinwise.actors.gateway.failures import NotedErrors, note_error
+from joinwise.actors.gateway.failures import NotedErrors, count_refusal, note_error
 from joinwise.actors.gateway.ledgers import Ledgers
 from joinwise.actors.gateway.tickets import Ticket, call_terms, call_tickets
 from joinwise.cluster.errors import JoinwiseError, RequestTooLargeError
@@ -134,6 +134,7 @@ class _Call:
     async def refuse(self, error: JoinwiseError) -> None:
         """Answer with an error, if nothing has been sent."""
         self._replaced = True  # whatever the application still says is not heard
+        count_refusal(error)
         if self.started:
             return
         self.started = True

@@ -25,8 +25,12 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from joinwise.actors.auth import bearer
 from joinwise.actors.gateway.adapters import Adapters
+from joinwise.actors.gateway.audit import Audit
 from joinwise.actors.gateway.front import Front, error_body, error_headers
 from joinwise.actors.gateway.grpc_server import GrpcOptions, GrpcServer, serve_grpc
+from joinwise.actors.gateway.guard import Guard
+from joinwise.actors.gateway.http_limits import limited_protocol
+from joinwise.actors.gateway.identity import Authenticator
 from joinwise.actors.gateway.inference import InferenceService
 from joinwise.actors.gateway.ledgers import Ledgers
 from joinwise.actors.gateway.links import Links
@@ -93,6 +97,8 @@ class Gateway:
         tls = config.gateway.tls
         self._certificates = Certificates.of_gateway(tls) if tls is not None else None
         self._peers = peers(config.tls)
+        self._authenticator = Authenticator(config.gateway)
+        self._audit = Audit(config.gateway.audit_file)
         self._ops: OpsServer | None = None
         self._served: frozenset[str] = frozenset()  # roles with a live worker
         self._draining = False
@@ -147,7 +153,8 @@ class Gateway:
         if config.router.prefix_events:
             jobs.append(PrefixFollower(self._redis, config.cluster, self._prefixes).follow())
         self._jobs = [asyncio.create_task(job) for job in jobs]
-        return Front(app, self._ledgers, max_body_bytes=config.gateway.max_body_bytes)
+        front = Front(app, self._ledgers, max_body_bytes=config.gateway.max_body_bytes)
+        return Guard(front, self._authenticator, config.gateway.limits, self._audit)
 
     async def start(self) -> Addresses:
         """Build, and open both listeners."""
@@ -159,6 +166,7 @@ class Gateway:
         self._http = _Listener(
             uvicorn.Config(
                 app,
+                http=limited_protocol(gateway.limits),
                 log_level="warning",
                 access_log=False,
                 lifespan="off",
@@ -182,7 +190,9 @@ class Gateway:
                 port=gateway.grpc_port,
                 max_body_bytes=gateway.max_body_bytes,
                 certificates=self._certificates,
-                tokens=gateway.api_keys,
+                max_concurrent=gateway.limits.concurrent,
+                max_metadata_bytes=gateway.limits.header_bytes,
+                authenticator=self._authenticator,
             ),
         )
         return f"{gateway.host}:{self._grpc.port}"
@@ -207,6 +217,7 @@ class Gateway:
             await self._links.close()
         if self._ops is not None:
             await asyncio.to_thread(self._ops.close)
+        self._audit.close()
         await self._redis.aclose()
 
     async def drain(self, drain_s: float) -> None:
@@ -246,8 +257,6 @@ class Gateway:
         gateway = self._config.gateway
         argv = ["--model", path, "--served-model-name", name, "--max-model-len", str(max_model_len)]
         argv += ["--enable-request-id-headers", "--enable-prompt-tokens-details"]
-        if gateway.api_keys:
-            argv += ["--api-key", *gateway.api_keys]
         if gateway.chat_template:
             argv += ["--chat-template", gateway.chat_template]
         if gateway.enable_auto_tools:

@@ -6,14 +6,13 @@ load balancers turn away before the last requests are done.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from joinwise.actors.auth import AsyncBearer
+from joinwise.actors.gateway.identity import AsyncIdentity, Authenticator
 from joinwise.actors.tls import Certificates
 from joinwise.cluster.errors import ConfigError
 from joinwise.proto import inference_pb2, inference_pb2_grpc
@@ -36,8 +35,10 @@ class GrpcOptions:
     """Idle connections are probed this often; clients may not probe more often than every 10 s."""
     certificates: Certificates | None = None
     """Speak TLS; with an authority, clients must show a certificate that it signed."""
-    tokens: Sequence[str] = field(default=(), repr=False)
-    """API keys; with any, every call but health needs `authorization: Bearer <key>`."""
+    max_metadata_bytes: int = 32 << 10
+    """Largest metadata of a call; larger ones are refused with RESOURCE_EXHAUSTED."""
+    authenticator: Authenticator | None = None
+    """Where it asks for credentials, every call but health needs `authorization: Bearer <key>`."""
 
 
 class GrpcServer:
@@ -73,12 +74,15 @@ async def serve_grpc(
         ConfigError: the port is taken.
     """
     options = options or GrpcOptions()
-    interceptors = (AsyncBearer(options.tokens),) if options.tokens else ()
+    asks = options.authenticator is not None and options.authenticator.asks
+    interceptors = (AsyncIdentity(options.authenticator),) if options.authenticator is not None and asks else ()
     server = grpc.aio.server(
         interceptors=interceptors,
         maximum_concurrent_rpcs=options.max_concurrent,
         options=[
             ("grpc.max_receive_message_length", options.max_body_bytes),
+            ("grpc.max_metadata_size", options.max_metadata_bytes),
+            ("grpc.absolute_max_metadata_size", options.max_metadata_bytes),
             ("grpc.keepalive_time_ms", int(options.keepalive_s * 1000)),
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
             ("grpc.keepalive_permit_without_calls", 1),

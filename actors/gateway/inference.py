@@ -25,6 +25,7 @@ from joinwise.actors.gateway.failures import (
     NotedErrors,
     VllmRefusalError,
     as_joinwise_error,
+    count_refusal,
     details_of,
     status_of,
     trailer_of,
@@ -106,6 +107,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                     log.exception("request %s failed", request_id)
         trailer = await self._trailer(request_id)
         if failure is not None:
+            count_refusal(failure)
             await context.abort(status_of(failure), details_of(failure), trailer + trailer_of(failure))
         context.set_trailing_metadata(trailer)
 

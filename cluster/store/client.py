@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
+import ssl
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
 from redis import exceptions as failures
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import BlockingConnectionPool, Redis, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 
@@ -42,6 +43,15 @@ def connect(url: str, settings: RedisConfig | None = None) -> Redis:
     settings = settings or RedisConfig()
     if url == "embedded":
         raise InternalError("connect() needs the embedded server's url: start it with EmbeddedRedis.start()")
+    tls: dict[str, Any] = {}
+    if url.startswith("rediss://") and settings.tls is not None:
+        tls = {
+            "ssl_ca_certs": settings.tls.ca,
+            "ssl_certfile": settings.tls.cert,
+            "ssl_keyfile": settings.tls.key,
+            "ssl_check_hostname": True,
+            "ssl_min_version": ssl.TLSVersion.TLSv1_2,
+        }
     pool = BlockingConnectionPool.from_url(
         url,
         decode_responses=True,
@@ -52,8 +62,19 @@ def connect(url: str, settings: RedisConfig | None = None) -> Redis:
         health_check_interval=0,
         retry=Retry(ExponentialBackoff(cap=0.2, base=0.02), settings.retries),
         retry_on_error=[failures.ConnectionError, failures.TimeoutError],
+        **tls,
     )
+    if tls:
+        pool.connection_class = _FreshSSLConnection  # as an argument, the URL's own would win
     return Redis.from_pool(pool)
+
+
+class _FreshSSLConnection(SSLConnection):
+    """Reads its certificates whenever it connects, so that renewed ones are used without a restart."""
+
+    def _connection_arguments(self) -> Mapping[str, Any]:
+        self.ssl_context.context = None
+        return super()._connection_arguments()
 
 
 @contextmanager

@@ -6,13 +6,27 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from helpers.certificates import Authority
 
-from joinwise.cluster.client import AsyncClient, UnreachableError
-from joinwise.cluster.errors import ConfigError, OverloadedError, UnauthorizedError, WorkerLostError
+from joinwise.actors.tls import Certificates
+from joinwise.cluster import apikeys
+from joinwise.cluster.client import TLS, AsyncClient, UnreachableError
+from joinwise.cluster.config import GatewayConfig
+from joinwise.cluster.errors import (
+    ConfigError,
+    ForbiddenError,
+    JoinwiseError,
+    OverloadedError,
+    UnauthorizedError,
+    WorkerLostError,
+)
 
 MODEL = "small"
 
@@ -91,17 +105,82 @@ async def test_an_error_below_vllm_keeps_its_class(client: AsyncClient, admissio
     assert admission.inside == 0
 
 
-async def test_api_keys(service: Any) -> None:
+async def test_api_keys(service: Any, tmp_path: Path) -> None:
+    from joinwise.actors.gateway.grpc_server import GrpcOptions, serve_grpc
+    from joinwise.actors.gateway.identity import Authenticator
+
+    hashed, entry = apikeys.make("search", ("user",))
+    watcher, watching = apikeys.make("watch", ("metrics",))
+    apikeys.KeyRing((entry, watching)).save(tmp_path / "keys.yaml")
+    authenticator = Authenticator(GatewayConfig(api_keys=["right"], keys_file=str(tmp_path / "keys.yaml")))
+    server = await serve_grpc(service, GrpcOptions(port=0, authenticator=authenticator))
+    target = f"127.0.0.1:{server.port}"
+    async with AsyncClient(target, token="right") as right, AsyncClient(target, token=hashed) as also:
+        assert [model.name for model in await right.models()] == [MODEL]
+        assert [model.name for model in await also.models()] == [MODEL]
+    for token in ("wrong", None):
+        async with AsyncClient(target, token=token) as wrong:
+            with pytest.raises(UnauthorizedError):
+                await wrong.models()
+            with pytest.raises(UnauthorizedError):
+                await wrong.generate("x")
+    async with AsyncClient(target, token=watcher) as lowly:
+        with pytest.raises(ForbiddenError, match="lacks the role"):
+            await lowly.models()
+    async with grpc.aio.insecure_channel(target) as channel:
+        answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    await server.stop(0)
+
+
+async def test_the_tenant_is_known_to_the_handlers(service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from joinwise.actors.gateway.grpc_server import GrpcOptions, serve_grpc
+    from joinwise.actors.gateway.identity import Authenticator, caller
+
+    seen: list[str] = []
+    models = Serving.show_available_models
+
+    async def show(self: Serving) -> Any:
+        seen.append(caller.get().tenant)
+        return await models(self)
+
+    monkeypatch.setattr(Serving, "show_available_models", show)
+    server = await serve_grpc(
+        service, GrpcOptions(port=0, authenticator=Authenticator(GatewayConfig(api_keys=["right"])))
+    )
+    async with AsyncClient(f"127.0.0.1:{server.port}", token="right") as client:
+        await client.models()
+    await server.stop(0)
+    assert seen == ["default"]
+    assert caller.get().tenant == ""
+
+
+async def test_metadata_bombs_are_refused(service: Any) -> None:
     from joinwise.actors.gateway.grpc_server import GrpcOptions, serve_grpc
 
-    server = await serve_grpc(service, GrpcOptions(port=0, tokens=("right", "other")))
-    target = f"127.0.0.1:{server.port}"
-    async with AsyncClient(target, token="right") as right, AsyncClient(target, token="wrong") as wrong:
-        assert [model.name for model in await right.models()] == [MODEL]
-        with pytest.raises(UnauthorizedError):
-            await wrong.models()
-        with pytest.raises(UnauthorizedError):
-            await wrong.generate("x")
+    server = await serve_grpc(service, GrpcOptions(port=0, max_metadata_bytes=4096))
+    async with AsyncClient(f"127.0.0.1:{server.port}", token="x" * 50_000, timeout=10) as client:
+        with pytest.raises(JoinwiseError):
+            await client.models()
+    async with AsyncClient(f"127.0.0.1:{server.port}", token="x", timeout=10) as client:
+        assert await client.models()
+    await server.stop(0)
+
+
+async def test_tls_with_client_certificates(service: Any, tmp_path: Path) -> None:
+    from joinwise.actors.gateway.grpc_server import GrpcOptions, serve_grpc
+
+    files = Authority().issue(tmp_path)
+    certificates = Certificates(files.cert, files.key, files.ca)
+    server = await serve_grpc(service, GrpcOptions(port=0, certificates=certificates))
+    target = f"localhost:{server.port}"
+    own = TLS(ca=files.ca, certificate=files.cert, key=files.key)
+    async with AsyncClient(target, tls=own, timeout=20) as client:
+        assert await client.models()
+    for stranger in (TLS(ca=files.ca), False):
+        async with AsyncClient(target, tls=stranger, timeout=10) as client:
+            with pytest.raises(UnreachableError):
+                await client.models()
     await server.stop(0)
 
 

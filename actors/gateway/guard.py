@@ -1,0 +1,189 @@
+"""The gateway's outermost ASGI layer: who may call, and how much one call may ask for.
+
+Before anything of the application runs it bounds the headers and the number of calls, asks for a credential, and checks
+the role that the path needs; then it bounds the time of the body and of the whole call. Calls of administration are
+written to the audit log, refused ones too. `/health` and `/ping` are open to all, so that load balancers need no
+credential, and take no room; everything else needs one where the configuration names any, `/metrics` and the
+documentation of the interface included.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from joinwise.actors import logs
+from joinwise.actors.gateway.audit import Audit
+from joinwise.actors.gateway.failures import count_refusal, note_error
+from joinwise.actors.gateway.front import App, Message, Receive, Scope, Send, error_body, error_headers
+from joinwise.actors.gateway.identity import Authenticator, Identity, caller
+from joinwise.cluster.config_model import LimitsConfig
+from joinwise.cluster.errors import (
+    DeadlineExceededError,
+    HeadersTooLargeError,
+    JoinwiseError,
+    OverloadedError,
+    RequestTimeoutError,
+    UnauthorizedError,
+)
+
+OPEN_TO_ALL = frozenset({"/health", "/ping"})
+ADMINISTRATION = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/reset_prefix_cache"})
+METRICS = frozenset({"/metrics", "/federate"})
+_LONGEST_ID = 128
+
+
+class Guard:
+    """Wraps an ASGI application; see the module's text.
+
+    Args:
+        app: what to guard.
+        authenticator: knows who may call.
+        limits: what one call may ask for.
+        audit: where calls of administration are recorded.
+    """
+
+    def __init__(self, app: App, authenticator: Authenticator, limits: LimitsConfig, audit: Audit) -> None:
+        self._app = app
+        self._authenticator = authenticator
+        self._limits = limits
+        self._audit = audit
+        self._calls = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] == "http":
+            await self._http(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await self._websocket(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path, answer = str(scope["path"]), _Answer(send)
+        identity: Identity | None = None
+        try:
+            self._check_head(scope)
+            if path in OPEN_TO_ALL:
+                await self._app(scope, receive, answer.send)
+                return
+            identity = await self._admit(scope, path)
+            with self._room(), _serving(scope, identity):
+                async with asyncio.timeout(self._limits.request_s):
+                    await self._app(scope, _Body(receive, self._limits.body_s).receive, answer.send)
+        except JoinwiseError as error:
+            await answer.refuse(error, path)
+        except TimeoutError:
+            late = DeadlineExceededError(f"the call has run for {self._limits.request_s:g} s, the longest allowed")
+            await answer.refuse(late, path)
+        finally:
+            if path in ADMINISTRATION:
+                client = scope.get("client") or ("", 0)
+                action = f"{scope['method']} {path}"
+                self._audit.record(action, answer.status, identity=identity, client=str(client[0]))
+
+    async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The same door; a refusal is a handshake that fails."""
+        try:
+            self._check_head(scope)
+            identity = await self._admit(scope, str(scope["path"]))
+            with self._room(), _serving(scope, identity):
+                await self._app(scope, receive, send)
+        except JoinwiseError as error:
+            count_refusal(error)
+            await send({"type": "websocket.close", "code": 1008, "reason": error.code})
+
+    def _check_head(self, scope: Scope) -> None:
+        headers = scope["headers"]
+        size = sum(len(name) + len(value) for name, value in headers)
+        if len(headers) > self._limits.headers or size > self._limits.header_bytes:
+            raise HeadersTooLargeError(
+                f"more than {self._limits.headers} headers or {self._limits.header_bytes} bytes of them: send less"
+            )
+
+    async def _admit(self, scope: Scope, path: str) -> Identity:
+        """Whose the call is. Raises UnauthorizedError or ForbiddenError."""
+        if scope.get("method") == "OPTIONS":  # a browser asks without credentials whether it may ask with them
+            return Identity("", frozenset({"user"}), "preflight")
+        shown = [value for name, value in scope["headers"] if name.lower() == b"authorization"]
+        shown += [b"Bearer " + value for name, value in scope["headers"] if name.lower() == b"x-api-key"]  # Anthropic's
+        if len(shown) > 1:
+            raise UnauthorizedError("more than one credential: send one")
+        identity = await self._authenticator.identify(shown[0].decode("latin-1") if shown else "")
+        identity.require("admin" if path in ADMINISTRATION else "metrics" if path in METRICS else "user")
+        return identity
+
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        if self._calls >= self._limits.concurrent:
+            raise OverloadedError(f"{self._calls} calls are running, the most for one gateway", retry_after_s=1.0)
+        self._calls += 1
+        try:
+            yield
+        finally:
+            self._calls -= 1
+
+
+@contextmanager
+def _serving(scope: Scope, identity: Identity) -> Iterator[None]:
+    """Tell limits by tenant and log lines whose call it is."""
+    given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")[:_LONGEST_ID]
+    who, which = caller.set(identity), logs.request_id.set(given if given.isprintable() else "")
+    try:
+        yield
+    finally:
+        caller.reset(who)
+        logs.request_id.reset(which)
+
+
+class _Body:
+    """A body that must have arrived in time. What comes after it (a disconnect) may take as long as it likes."""
+
+    def __init__(self, receive: Receive, patience_s: float) -> None:
+        self._receive = receive
+        self._patience_s = patience_s
+        self._deadline = time.monotonic() + patience_s
+        self._complete = False
+
+    async def receive(self) -> Message:
+        """The next message. Raises RequestTimeoutError when the body is late."""
+        if self._complete:
+            return await self._receive()
+        try:
+            async with asyncio.timeout(max(0.0, self._deadline - time.monotonic())):
+                message = await self._receive()
+        except TimeoutError:
+            error = RequestTimeoutError(f"the body did not arrive within {self._patience_s:g} s")
+            raise note_error(error) from None  # the application may make something else of it
+        self._complete = not message.get("more_body", False)
+        return message
+
+
+class _Answer:
+    """What the caller has been told."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.status = 0
+
+    async def send(self, message: Message) -> None:
+        """Pass a message on."""
+        if message["type"] == "http.response.start":
+            self.status = int(message["status"])
+        await self._send(message)
+
+    async def refuse(self, error: JoinwiseError, path: str) -> None:
+        """Answer with an error, if nothing has been said."""
+        count_refusal(error)
+        if self.status:
+            return
+        body = json.dumps(error_body(error, path)).encode()
+        headers = {"content-type": "application/json", "content-length": str(len(body)), **error_headers(error)}
+        if error.http_status == 401:
+            headers["www-authenticate"] = "Bearer"
+        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await self.send({"type": "http.response.start", "status": error.http_status, "headers": raw})
+        await self.send({"type": "http.response.body", "body": body})
