@@ -157,7 +157,7 @@ def test_the_reference_rounds_ties_to_even() -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(
-    ("codec", "share_of_peak", "share_of_number"), [("int8", 0.5 / 127, 0), ("fp8", 2**-10 / 448, 2**-4)]
+    ("codec", "share_of_peak", "share_of_number"), [("int8", 0.5 / 127, 0), ("fp8", 2**-10 / 448, 2**-4)], ids=LOSSY
 )
 def test_error_is_at_most_half_a_code(
     path: str, codec: str, share_of_peak: float, share_of_number: float, dtype: torch.dtype
@@ -168,7 +168,6 @@ def test_error_is_at_most_half_a_code(
     rounding = 1e-6 + torch.finfo(dtype).eps / 2  # scaling, and the result's own type
     allowed = torch.maximum(share_of_peak * wanted.abs().amax(1, keepdim=True), share_of_number * wanted.abs())
     assert ((found - wanted).abs() <= allowed + rounding * wanted.abs() + 1e-6).all()
-    assert torch.equal(found.abs().amax(1), wanted.abs().amax(1)) or codec == "int8" or dtype == torch.float32
 
 
 @pytest.mark.parametrize("codec", LOSSY)
