@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from joinwise.actors.gateway.failures import NotedErrors, count_refusal, note_error
+from joinwise.actors.gateway.identity import bound
 from joinwise.actors.gateway.ledgers import Ledgers
 from joinwise.actors.gateway.tickets import Ticket, call_terms, call_tickets
 from joinwise.cluster.errors import JoinwiseError, RequestTooLargeError
@@ -44,7 +45,7 @@ class Front:
         try:
             with noted:
                 call.check_length()
-                call_terms.set(Terms.parse(call.headers))
+                call_terms.set(bound(Terms.parse(call.headers)))
                 await self._app(scope, call.receive, call.send)
         except JoinwiseError as error:
             await call.refuse(error)

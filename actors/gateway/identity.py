@@ -16,7 +16,7 @@ import time
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -28,6 +28,7 @@ from joinwise.actors.gateway.failures import count_refusal, details_of, status_o
 from joinwise.cluster import apikeys
 from joinwise.cluster.config_model import GatewayConfig, JwtConfig
 from joinwise.cluster.errors import ConfigError, ForbiddenError, JoinwiseError, UnauthorizedError
+from joinwise.cluster.router.terms import Terms
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,14 @@ class Identity:
 ANYBODY = Identity("", frozenset(apikeys.ROLES), "anybody")
 #: The caller of the call that runs now, for limits by tenant.
 caller: ContextVar[Identity] = ContextVar("joinwise_caller", default=ANYBODY)
+
+
+def bound(terms: Terms) -> Terms:
+    """The terms of a call, with its caller's tenant in place of what the call says; an admin may speak for another."""
+    identity = caller.get()
+    if "admin" in identity.roles and terms.tenant:
+        return terms
+    return replace(terms, tenant=identity.tenant)
 
 
 class Authenticator:

@@ -14,6 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 
 from joinwise.actors.gateway.failures import note_error
+from joinwise.actors.gateway.identity import bound
 from joinwise.cluster.errors import JoinwiseError
 from joinwise.cluster.router.router import Assignment, Demand, Held, Router, Terms, samples_of
 from joinwise.cluster.router.terms import MAX_PRIORITY, PLAIN
@@ -33,7 +34,7 @@ async def on_terms(request_id: str, request: object, metadata: Mapping[str, str]
     Raises:
         InvalidRequestError: one that does not parse.
     """
-    token = call_terms.set(Terms.parse(metadata))
+    token = call_terms.set(bound(Terms.parse(metadata)))
     try:
         yield
     finally:

@@ -15,10 +15,11 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from joinwise.actors.gateway import identity as module
-from joinwise.actors.gateway.identity import ANYBODY, Authenticator, Identity
+from joinwise.actors.gateway.identity import ANYBODY, Authenticator, Identity, bound, caller
 from joinwise.cluster import apikeys
 from joinwise.cluster.config import GatewayConfig, JwtConfig
 from joinwise.cluster.errors import ConfigError, ForbiddenError, UnauthorizedError
+from joinwise.cluster.router.terms import Terms
 
 PRIVATE = ec.generate_private_key(ec.SECP256R1())
 
@@ -91,6 +92,25 @@ def test_files_that_are_missing_at_the_start(tmp_path: Path) -> None:
         Authenticator(GatewayConfig(keys_file=missing))
     with pytest.raises(ConfigError, match="cannot be read"):
         Authenticator(GatewayConfig(jwt=JwtConfig(issuer="i", audience="a", jwks_file=missing)))
+
+
+def test_nobody_speaks_for_another_tenant() -> None:
+    said = Terms(tenant="rich", session="s")
+    for who, tenant in (
+        (Identity("search", frozenset({"user"}), "k"), "search"),
+        (Identity("ops", frozenset({"admin"}), "k"), "rich"),  # a trusted front of several tenants
+        (ANYBODY, "rich"),
+    ):
+        token = caller.set(who)
+        try:
+            assert bound(said) == Terms(tenant=tenant, session="s")
+        finally:
+            caller.reset(token)
+    token = caller.set(Identity("ops", frozenset({"admin"}), "k"))
+    try:
+        assert bound(Terms()).tenant == "ops"
+    finally:
+        caller.reset(token)
 
 
 # JSON web tokens.
