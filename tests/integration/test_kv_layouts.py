@@ -3,48 +3,59 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
 
 import pytest
 from helpers.ask import Question, pair
-from helpers.cluster import RunningCluster, cluster_config, running_cluster
+from helpers.cluster import ENGINE, MODEL, RunningCluster, cluster_config, running_cluster
 from helpers.idle import assert_idle
-from helpers.plain_vllm import PlainServer
+from helpers.plain_vllm import PlainServer, plain_server
+
+from joinwise.actors.models import resolve_model
 
 pytestmark = [pytest.mark.cluster, pytest.mark.model]
 
-
-def _config(kind: str) -> dict[str, Any]:
-    config = cluster_config(kind)
-    prefill, decode = (pool["engine"] for pool in config["pools"])
-    if kind == "block-sizes":
-        decode["block_size"] = 64
-        prefill["max_num_batched_tokens"] = 512
-    else:
-        prefill["tensor_parallel_size"] = 3
-    return config
+_QWEN = "qwen2.5-coder-0.5b-instruct"
 
 
-@pytest.fixture(scope="module", params=["block-sizes", "ranks"])
-def unequal(
-    request: pytest.FixtureRequest, small_model: object, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RunningCluster]:
-    """A cluster whose prefill and decode workers lay out their KV differently."""
-    with running_cluster(_config(request.param), tmp_path_factory.mktemp(request.param)) as cluster:
-        yield cluster
-
-
-async def test_unequal_workers_answer_as_one_engine(unequal: RunningCluster, baseline: PlainServer) -> None:
-    """Prompts that end inside a block, at its edge and beyond several, alone and together; then a prefix hit."""
+async def _answers_as_one_engine(cluster: RunningCluster, baseline: PlainServer) -> None:
+    """Prompts that end inside a block, at its edge and beyond several, alone and all together."""
     questions = [
-        Question(f"{tokens} tokens", {"prompt": [(7 * i) % 900 + 1 for i in range(tokens)], "max_tokens": 12, "temperature": 0})
+        Question(
+            f"{tokens} tokens",
+            {"prompt": [(7 * index) % 900 + 1 for index in range(tokens)], "max_tokens": 12, "temperature": 0},
+        )
         for tokens in (10, 64, 100, 333, 700)
     ]
-    async with pair(unequal.http, baseline.http) as both:
+    async with pair(cluster.http, baseline.http) as both:
         for question in questions:
             answer = await both.equal(question)
             assert answer.ledgers[0]["transport"], "its KV has travelled"
             assert not answer.ledgers[0]["recomputed"]
         await asyncio.gather(*(both.equal(question) for question in questions))
-    await assert_idle(unequal)
+    await assert_idle(cluster)
+
+
+async def test_block_sizes_may_differ(small_model: object, baseline: PlainServer, tmp_path: Path) -> None:
+    config = cluster_config("block-sizes")
+    prefill, decode = (pool["engine"] for pool in config["pools"])
+    prefill["max_num_batched_tokens"] = 512
+    decode["block_size"] = 64
+    with running_cluster(config, tmp_path) as cluster:
+        await _answers_as_one_engine(cluster, baseline)
+
+
+@pytest.mark.timeout(600)
+async def test_two_ranks_prefill_for_one(tmp_path: Path) -> None:
+    """Each rank of the prefill worker holds one of the model's two KV heads."""
+    model = resolve_model(_QWEN, progress=print)
+    config = cluster_config("ranks")
+    config["models"][0]["model"] = _QWEN
+    config["pools"][0]["engine"]["tensor_parallel_size"] = 2
+    arguments = ["--max-model-len", "2048", "--block-size", str(ENGINE["block_size"])]
+    arguments += ["--kv-cache-memory-bytes", str(ENGINE["kv_cache_memory_bytes"])]
+    with (
+        running_cluster(config, tmp_path) as cluster,
+        plain_server(str(model.path), MODEL, tmp_path, arguments) as baseline,
+    ):
+        await _answers_as_one_engine(cluster, baseline)

