@@ -26,6 +26,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from joinwise.actors.auth import bearer
 from joinwise.actors.gateway.adapters import Adapters
 from joinwise.actors.gateway.audit import Audit
+from joinwise.actors.gateway.federate import Federation
 from joinwise.actors.gateway.front import Front, error_body, error_headers
 from joinwise.actors.gateway.grpc_server import GrpcOptions, GrpcServer, serve_grpc
 from joinwise.actors.gateway.guard import Guard
@@ -35,6 +36,7 @@ from joinwise.actors.gateway.inference import InferenceService
 from joinwise.actors.gateway.ledgers import Ledgers
 from joinwise.actors.gateway.links import Links
 from joinwise.actors.gateway.tickets import TicketOffice, on_terms
+from joinwise.actors.gateway.tracing import Traces
 from joinwise.actors.gateway.utilities import Utilities
 from joinwise.actors.models import resolve_model
 from joinwise.actors.ops import OpsServer
@@ -85,7 +87,9 @@ class Gateway:
         self._registry = Registry(self._redis, config.cluster, config.router)
         self._router = Router(self._redis, config.cluster, config.router)
         self._prefixes = PrefixIndex()
-        self._ledgers = Ledgers(REGISTRY)
+        tracing = config.tracing
+        self._traces = Traces(tracing, config.cluster, self.gateway_id) if tracing is not None else None
+        self._ledgers = Ledgers(REGISTRY, self._traces)
         self._jobs: list[asyncio.Task[None]] = []
         self._http: uvicorn.Server | None = None
         self._http_task: asyncio.Task[None] | None = None
@@ -147,6 +151,7 @@ class Gateway:
         adapters = Adapters(self._registry, utilities, app.state.openai_serving_models, name, enabled=enabled)
         await adapters.sync()
         app.include_router(adapters.routes(admin=config.gateway.admin))
+        app.include_router(Federation(self._registry.list, self._peers).routes())
         self._service = InferenceService(app.state, status=self._status, ledger=self._ledger_of, admission=on_terms)
         _RUNNING.set_function(lambda: len(self.running()))
         jobs = [self._renew(), self._expire(), self._watch(), adapters.follow(config.router.heartbeat_s)]
@@ -217,6 +222,8 @@ class Gateway:
             await self._links.close()
         if self._ops is not None:
             await asyncio.to_thread(self._ops.close)
+        if self._traces is not None:
+            await asyncio.to_thread(self._traces.close)
         self._audit.close()
         await self._redis.aclose()
 

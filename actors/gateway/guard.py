@@ -20,6 +20,7 @@ from joinwise.actors.gateway.audit import Audit
 from joinwise.actors.gateway.failures import count_refusal, note_error
 from joinwise.actors.gateway.front import App, Message, Receive, Scope, Send, error_body, error_headers
 from joinwise.actors.gateway.identity import Authenticator, Identity, caller
+from joinwise.actors.gateway.tracing import headers_of, trace_headers
 from joinwise.cluster.config_model import LimitsConfig
 from joinwise.cluster.errors import (
     DeadlineExceededError,
@@ -130,13 +131,16 @@ class Guard:
 @contextmanager
 def _serving(scope: Scope, identity: Identity) -> Iterator[None]:
     """Tell limits by tenant and log lines whose call it is."""
-    given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")[:_LONGEST_ID]
+    headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+    given = headers.get("x-request-id", "")[:_LONGEST_ID]
     who, which = caller.set(identity), logs.request_id.set(given if given.isprintable() else "")
+    trace = trace_headers.set(headers_of(headers))
     try:
         yield
     finally:
         caller.reset(who)
         logs.request_id.reset(which)
+        trace_headers.reset(trace)
 
 
 class _Body:

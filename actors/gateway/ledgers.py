@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from vllm.v1.engine import EngineCoreOutput
 
 from joinwise.actors.gateway.convert import bare_request_id
+from joinwise.actors.gateway.tracing import Traces, trace_headers
 from joinwise.cluster.ledger import RequestLedger
 from joinwise.cluster.router.router import Assignment
 from joinwise.proto import engine_pb2
@@ -38,6 +39,7 @@ class LedgerBuilder:
         self.call_id = call_id
         self.model = model
         self.recomputed = False
+        self.trace_headers = trace_headers.get()  # of the call that starts the request
         self._created = created
         self._routed_s = routed_s
         self._prompt_tokens = prompt_tokens
@@ -84,6 +86,11 @@ class LedgerBuilder:
         self._reason = reason
         self._finished = now
 
+    @property
+    def finished_at(self) -> float:
+        """Monotonic time of the end; while it runs, of the beginning."""
+        return self._finished
+
     def build(self) -> RequestLedger:
         """The ledger as it stands."""
         times = self._token_times
@@ -124,9 +131,10 @@ class LedgerBuilder:
 
 
 class Ledgers:
-    """The last ledgers of a gateway, and the histograms made of them."""
+    """The last ledgers of a gateway, and the histograms and traces made of them."""
 
-    def __init__(self, registry: CollectorRegistry | None) -> None:
+    def __init__(self, registry: CollectorRegistry | None, traces: Traces | None = None) -> None:
+        self._traces = traces
         self._kept: OrderedDict[str, RequestLedger] = OrderedDict()
         self._calls: OrderedDict[str, list[RequestLedger]] = OrderedDict()
         seconds = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -176,6 +184,8 @@ class Ledgers:
         self._requests.labels(ledger.finish_reason, str(ledger.prefill_worker is not None).lower()).inc()
         if ledger.recomputed:
             self._recomputed.inc()
+        if self._traces is not None:
+            self._traces.add(ledger, builder.trace_headers, builder.finished_at)
 
     def get(self, request_id: str) -> RequestLedger | None:
         """The ledger of a request that has ended lately."""

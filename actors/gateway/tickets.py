@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from joinwise.actors.gateway.failures import note_error
 from joinwise.actors.gateway.identity import bound
+from joinwise.actors.gateway.tracing import headers_of, trace_headers
 from joinwise.cluster.errors import JoinwiseError
 from joinwise.cluster.router.router import Assignment, Demand, Held, Router, Terms, samples_of
 from joinwise.cluster.router.terms import MAX_PRIORITY, PLAIN
@@ -34,11 +35,12 @@ async def on_terms(request_id: str, request: object, metadata: Mapping[str, str]
     Raises:
         InvalidRequestError: one that does not parse.
     """
-    token = call_terms.set(bound(Terms.parse(metadata)))
+    token, trace = call_terms.set(bound(Terms.parse(metadata))), trace_headers.set(headers_of(metadata))
     try:
         yield
     finally:
         call_terms.reset(token)
+        trace_headers.reset(trace)
 
 
 @dataclass
