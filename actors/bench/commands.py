@@ -37,3 +37,70 @@ def serve(
     if json is not None:
         cores = "split: two engines on one core each, gateway free; plain: engine on the cores named, server free"
         report.write(json, "serve", figures, rows, report.machine(sides=cores, kv_block_size=32))
+
+
+@bench.command()
+def handoff(
+    transport: Annotated[list[str] | None, typer.Option(help="kv.transport; shm, tcp and grpc by default")] = None,
+    dtype: Annotated[str, typer.Option(help="Element type of model and cache")] = "bfloat16",
+    repeats: Annotated[int, typer.Option(help="Prompts of each length", min=1)] = 5,
+    json: Json = None,
+) -> None:
+    """What a request waits for between prefill and decode, by prompt length and transport."""
+    from joinwise.actors.bench import report
+    from joinwise.actors.bench.handoff import run
+
+    with console.status("starting") as status:
+        figures, rows = run(transport or ["shm", "tcp", "grpc"], dtype, repeats, status.update)
+    table = Table(*rows[0], title="joinwise bench handoff")
+    for row in rows:
+        table.add_row(*(f"{value:g}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console().print(table)
+    Console().print(figures)
+    if json is not None:
+        sides = "two engines on one core each, gateway free; one cluster per transport, one after the other"
+        report.write(json, "handoff", figures, rows, report.machine(sides=sides, kv_block_size=32))
+
+
+@bench.command()
+def router(
+    decisions: Annotated[int, typer.Option(help="Decisions by each gateway", min=64)] = 2000,
+    race: Annotated[int, typer.Option(help="Decisions by each of 8 processes in the race", min=100)] = 5000,
+    json: Json = None,
+) -> None:
+    """Decisions of the router: how many, how fast, and right under a race. Needs no engine."""
+    from joinwise.actors.bench import report
+    from joinwise.actors.bench.route import run
+
+    with console.status("starting") as status:
+        figures, rows = run(decisions, race, status.update)
+    table = Table("figure", "value", title="joinwise bench router")
+    for name, value in figures.items():
+        table.add_row(name, f"{value:g}")
+    Console().print(table)
+    if json is not None:
+        sides = "one embedded Redis; gateways are processes of their own; all share the cores"
+        report.write(json, "router", figures, rows, report.machine(sides=sides))
+
+
+@bench.command()
+def kv(
+    size: Annotated[list[int] | None, typer.Option(help="Megabytes moved at once; 1 to 256 by default", min=1)] = None,
+    repeats: Annotated[int, typer.Option(help="Pairs of measurements for each median", min=1)] = 7,
+    json: Json = None,
+) -> None:
+    """The KV transports against blocking TCP and NIXL; packing and codecs against memcpy."""
+    from joinwise.actors.bench import kv as bench_kv
+    from joinwise.actors.bench import report
+
+    with console.status("starting") as status:
+        figures, rows = bench_kv.run(size or bench_kv.SIZES_MB, repeats, status.update)
+    table = Table("figure", "value", "at least", title="joinwise bench kv")
+    for name, value in figures.items():
+        target = bench_kv.TARGETS.get(name)
+        table.add_row(name, "not measured" if value is None else f"{value:g}", "" if target is None else f"{target:g}")
+    details = bench_kv.tables(rows)
+    Console().print(*details, table)
+    if json is not None:
+        ends = "two processes, one core each; medians of alternated pairs; figures of sizes from 16 MB on"
+        report.write(json, "kv", figures, rows, report.machine(ends=ends, repeats=repeats))
