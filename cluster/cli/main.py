@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from joinwise.cluster.cli import config_command, doctor_command, keys_command, status_command, talk
+from joinwise.cluster.cli import config_command, doctor_command, explain_command, keys_command, status_command, talk
 from joinwise.cluster.cli.shell import Shell
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command()(status_command.status)
+app.command()(explain_command.explain)
 app.command()(talk.chat)
 app.command()(talk.generate)
 app.add_typer(config_command.app, name="config")
