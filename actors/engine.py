@@ -32,6 +32,7 @@ from joinwise.actors.vllm import build, connector
 from joinwise.actors.vllm.connector.worker import KvSettings
 from joinwise.actors.vllm.engine_loop import EngineLoop
 from joinwise.actors.vllm.kv_events import report_blocks
+from joinwise.actors.vllm.split import ALL_SAMPLING
 from joinwise.cluster.config import JoinwiseConfig
 from joinwise.cluster.errors import ConfigError, JoinwiseError, RegistrationRefusedError, StoreUnavailableError
 from joinwise.cluster.router.prefix_log import PrefixLog
@@ -216,7 +217,8 @@ class EngineWorker:
             engine_address=address,
             kv_address=kv.addresses,
             metrics_address=f"{self._spec.host}:{self._ops.port}",
-            capabilities=frozenset({"replay", "kv_grpc"}),
+            capabilities=frozenset({"replay", "kv_grpc"})
+            | ({ALL_SAMPLING} if config.speculative_config is None else set()),
             kv_layout=kv.signature,
             max_model_len=config.model_config.max_model_len,
             block_size=cache.block_size,

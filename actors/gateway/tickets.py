@@ -17,6 +17,7 @@ from joinwise.actors.gateway.failures import note_error
 from joinwise.actors.gateway.identity import bound
 from joinwise.actors.gateway.tracing import headers_of, trace_headers
 from joinwise.cluster.errors import JoinwiseError
+from joinwise.cluster.router.registry import ADAPTER_CAPABILITY
 from joinwise.cluster.router.router import Assignment, Demand, Held, Router, Terms, samples_of
 from joinwise.cluster.router.terms import MAX_PRIORITY, PLAIN
 
@@ -117,12 +118,14 @@ class TicketOffice:
         samples: int,
         whole: bool,
         adapter: str | None,
+        needs: frozenset[str] = frozenset(),
         priority: int = 0,
         held: Mapping[str, Held] | None = None,
     ) -> Ticket:
         """A ticket for `samples` equal requests of the call that runs now. Token counts are per sample.
 
         Args:
+            needs: capabilities that the workers must have, beside the adapter.
             priority: as the request says; the caller's header holds where it says nothing.
             held: the prefix that workers hold, by worker.
         """
@@ -133,7 +136,7 @@ class TicketOffice:
             prompt_tokens=prompt_tokens,
             max_new_tokens=max_new_tokens,
             whole=whole,
-            needs=frozenset({f"lora:{adapter}"} if adapter else ()),
+            needs=needs | ({f"{ADAPTER_CAPABILITY}{adapter}"} if adapter else set()),
             samples=samples,
             held=held or {},
             terms=replace(terms, priority=max(-MAX_PRIORITY, min(MAX_PRIORITY, priority or terms.priority))),

@@ -24,6 +24,7 @@ from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.metrics.stats import SchedulerStats
 
 from joinwise.actors.vllm import connector
+from joinwise.actors.vllm.ageing import age_preempted
 from joinwise.actors.vllm.connector import ports
 from joinwise.actors.vllm.connector.worker import KvSettings, KvStatus
 from joinwise.actors.vllm.cpu_seeds import spare_generators
@@ -67,6 +68,7 @@ class EngineLoop:
         self.stats: SchedulerStats | None = None
         connector.host.wake = self._wake.set
         self.core = EngineCore(config, Executor.get_class(config), log_stats=True)
+        age_preempted(self.core.scheduler)
         self.core.model_executor.collective_rpc(spare_generators)
         self.kv_ports = ports.open_ports(self.core.model_executor, kv)
         self._metrics = StatLoggerManager(config, engine_idxs=[0], custom_stat_loggers=None)

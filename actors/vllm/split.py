@@ -47,6 +47,32 @@ def whole_reason(params: SamplingParams, *, has_embeds: bool = False, resumable:
     return ""
 
 
+#: A worker without it (one that speculates) samples plainly only; see DESIGN.md, "Exactness".
+ALL_SAMPLING = "all_sampling"
+
+
+def needs_of(params: SamplingParams) -> frozenset[str]:
+    """Capabilities that a worker must have to serve a request exactly.
+
+    Speculation is exact for temperature without a seed, top_p, top_k, stops, lengths and log probabilities; anything
+    else needs a worker without it.
+    """
+    plain = (
+        (params.seed is None or params.temperature == 0)
+        and not params.min_p
+        and not params.logit_bias
+        and not params.allowed_token_ids
+        and not params.bad_words
+        and not params.structured_outputs
+        and not params.min_tokens
+        and not params.presence_penalty
+        and not params.frequency_penalty
+        and params.repetition_penalty == 1
+        and not params.extra_args
+    )
+    return frozenset() if plain else frozenset({ALL_SAMPLING})
+
+
 def part_id(request_id: str, attempt: int, part: str) -> str:
     """Worker-side id of one part (`p` or `d`)."""
     return f"{request_id}.{attempt}.{part}"

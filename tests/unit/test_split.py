@@ -232,3 +232,21 @@ def test_times_move_to_the_gateways_clock() -> None:
     assert split.step_seconds(said, 15.0) == 0.0
     assert split.step_seconds(output(7), 18.0) == 0.0
     split.shift_times(output(7), 5.0)
+
+
+@pytest.mark.parametrize(
+    ("params", "plain"),
+    [
+        ({"temperature": 0.7, "top_p": 0.9, "top_k": 5, "max_tokens": 9, "logprobs": 2}, True),
+        ({"temperature": 0, "seed": 1}, True),
+        ({"temperature": 1, "seed": 1}, False),
+        ({"min_p": 0.1}, False),
+        ({"logit_bias": {1: 2.0}}, False),
+        ({"presence_penalty": 0.5}, False),
+        ({"repetition_penalty": 1.1}, False),
+        ({"min_tokens": 3}, False),
+        ({"extra_args": {"x": 1}}, False),
+    ],
+)
+def test_what_speculation_cannot_do_needs_a_worker_without(params: dict[str, object], plain: bool) -> None:
+    assert split.needs_of(SamplingParams(**params)) == (frozenset() if plain else {split.ALL_SAMPLING})  # type: ignore[arg-type]
