@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from array import array
 
 import torch
@@ -11,6 +12,9 @@ import torch
 from joinwise.kernels import native
 from joinwise.kernels.kv_pack.job import Job
 
+# Bytes written by one call that leave too little of the last cache for anything else: from here on they are written
+# around it, as memcpy does. (What the system says of that cache's size may be the whole package's.)
+STREAM_FROM = 12 << 20
 # `Float` of leaves.h; other types are opaque.
 _FLOATS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -25,7 +29,8 @@ def library() -> ctypes.CDLL | None:
 def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
     address, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     move = found.joinwise_kv_move
-    move.restype, move.argtypes = None, [number, address, address, size, number, number, address, address, *[size] * 5]
+    move.restype = None
+    move.argtypes = [number, address, address, size, number, number, address, address, *[size] * 4, number, size]
     for copy in (found.joinwise_gather_blocks, found.joinwise_scatter_blocks):
         copy.restype, copy.argtypes = None, [address, size, size, address, size, address]
     return found
@@ -33,6 +38,7 @@ def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
 
 def move(lib: ctypes.CDLL, job: Job, wire: int, *, pack: bool) -> None:
     """Pack into, or unpack from, the bytes at address `wire`."""
+    written = math.prod(job.shape) * (job.wire_dtype if pack else job.cache.dtype).itemsize
     lib.joinwise_kv_move(
         pack,
         job.interior.numbers.buffer_info()[0],
@@ -46,6 +52,7 @@ def move(lib: ctypes.CDLL, job: Job, wire: int, *, pack: bool) -> None:
         job.num_tokens,
         job.heads.start,
         len(job.heads),
+        written >= STREAM_FROM,
         job.threads,
     )
 

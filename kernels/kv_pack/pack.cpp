@@ -3,6 +3,7 @@
 // The plain C interface is called by `native_calls.py`, which has checked every index and size. What the numbers of an
 // interior mean is told in `interior.py`.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <exception>
 #include <thread>
@@ -41,6 +42,8 @@ class Part {
         const Size tile = token.tile * dim.tile;
         if (dim.tile == dim.size && dim.inner == element)
             way = Way::kRows;
+        else if (element == 2 && token.tile == 2 && token.inner == 2 && dim.inner == 4 && token.outer == 4 * dim.tile)
+            way = Way::kPaired;
         else if (token.inner == element && tile >= 16)
             way = Way::kTransposed;
         else
@@ -52,15 +55,16 @@ class Part {
 
     // Tokens [first, first + count) of a head that begins at `inside`, to or from rows of head_dim elements.
     template <bool Pack>
-    void move(Byte* inside, Size first, Size count, Byte* rows, Size row_stride) const {
+    void move(Byte* inside, Size first, Size count, Byte* rows, Size row_stride, bool stream) const {
         const Size end = first + count;
+        if (way == Way::kPaired) return move_paired<Pack>(inside, first, end, rows, row_stride);
         for (Size t = first, run; t < end; t += run, rows += run * row_stride) {
             run = token.run(t, end);
             Byte* at = inside + token.at(t);
             if (way == Way::kRows)
-                move_rows<Pack>(at, run, rows, row_stride);
+                move_rows<Pack>(at, run, rows, row_stride, stream);
             else if (way == Way::kTransposed)
-                move_transposed<Pack>(at, run, rows, row_stride);
+                move_transposed<Pack>(at, run, rows, row_stride, stream);
             else
                 for (Size i = 0; i < run; ++i) scatter<Pack>(at + i * token.inner, rows + i * row_stride);
         }
@@ -78,18 +82,23 @@ class Part {
                 run = token.run(t, end), half_way = inside + token.at(t), stride = token.inner;
             } else {
                 run = std::min(end - t, kScratchTokens);
-                if (Pack) move<true>(inside, t, run, scratch, row_bytes);
+                if (Pack) move<true>(inside, t, run, scratch, row_bytes, false);
             }
             if (Pack)
                 convert(half_way, stride, rows, row_stride, run, numbers);
             else
                 convert(rows, row_stride, half_way, stride, run, numbers);
-            if (!Pack && way != Way::kRows) move<false>(inside, t, run, scratch, row_bytes);
+            if (!Pack && way != Way::kRows) move<false>(inside, t, run, scratch, row_bytes, false);
         }
     }
 
    private:
-    enum class Way { kRows, kTransposed, kScattered };
+    enum class Way {
+        kRows,        // the dims of a token lie together
+        kTransposed,  // tokens lie together
+        kPaired,      // pairs of tokens, dim by dim, pair after pair: the values of an AMX tile
+        kScattered,
+    };
 
     // Neighbouring dims that stay neighbours are moved as one wider element, as the pairs of an AMX tile are.
     void widen() {
@@ -105,22 +114,40 @@ class Part {
     }
 
     template <bool Pack>
-    void move_rows(Byte* at, Size run, Byte* rows, Size row_stride) const {
+    void move_rows(Byte* at, Size run, Byte* rows, Size row_stride, bool stream) const {
+        const CopyRows copy = leaves().copy_rows;
         if (Pack)
-            leaves().copy_rows(at, token.inner, rows, row_stride, run, dim.size * element);
+            copy(at, token.inner, rows, row_stride, run, dim.size * element, stream);
         else
-            leaves().copy_rows(rows, row_stride, at, token.inner, run, dim.size * element);
+            copy(rows, row_stride, at, token.inner, run, dim.size * element, stream);
     }
 
     template <bool Pack>
-    void move_transposed(Byte* at, Size run, Byte* rows, Size row_stride) const {
+    void move_transposed(Byte* at, Size run, Byte* rows, Size row_stride, bool stream) const {
         const Transpose transpose = leaves().transpose(element);
         for (Size d = 0, dims; d < dim.size; d += dims) {
             dims = dim.run(d, dim.size);
             if (Pack)
-                transpose(at + dim.at(d), dim.inner, rows + d * element, row_stride, dims, run);
+                transpose(at + dim.at(d), dim.inner, rows + d * element, row_stride, dims, run, stream);
             else
-                transpose(rows + d * element, row_stride, at + dim.at(d), dim.inner, run, dims);
+                transpose(rows + d * element, row_stride, at + dim.at(d), dim.inner, run, dims, stream);
+        }
+    }
+
+    template <bool Pack>
+    void move_paired(Byte* inside, Size first, Size end, Byte* rows, Size row_stride) const {
+        const auto alone = [&](Size t) { scatter<Pack>(inside + token.at(t), rows + (t - first) * row_stride); };
+        const Size even = first + first % 2, pairs = (end - even) / 2;
+        if (even != first) alone(first);
+        if (even < end && (end - even) % 2) alone(end - 1);
+        Byte* row = rows + (even - first) * row_stride;
+        for (Size d = 0; d < dim.size && pairs > 0; d += dim.tile) {
+            Byte* at = inside + token.at(even) + dim.at(d);
+            const Size columns = dim.run(d, dim.size);
+            if (Pack)
+                leaves().split_pairs(at, row + 2 * d, row_stride, pairs, columns);
+            else
+                leaves().join_pairs(row + 2 * d, at, row_stride, pairs, columns);
         }
     }
 
@@ -158,6 +185,7 @@ struct Job {
     const Size* block_ids;
     Size first_token, num_tokens, first_head, num_heads;
     ConvertRows convert;  // null: the same type inside and outside
+    bool stream;
 
     // A unit is what one head has in one block; those of a block follow each other.
     Size first_block() const { return first_token / block_size; }
@@ -179,10 +207,11 @@ struct Job {
                     part.move_converted<Pack>(at, begin % block_size, count, rows, stride, convert, head_dim,
                                               scratch.data());
                 else
-                    part.move<Pack>(at, begin % block_size, count, rows, stride);
+                    part.move<Pack>(at, begin % block_size, count, rows, stride, stream);
                 rows += outside_row;
             }
         }
+        if (stream) std::atomic_thread_fence(std::memory_order_seq_cst);  // also orders what went around the caches
     }
 };
 
@@ -226,10 +255,11 @@ using namespace joinwise::kv_pack;
 extern "C" {
 
 // interior: block_size, head_dim, block stride, number of parts, then eight numbers for each part (see Part).
-// Types are those of `Float`; element is the size of the cache's in bytes. The wire has num_tokens x num_heads rows.
+// Types are those of `Float`; element is the size of the cache's in bytes. The wire has num_heads x num_tokens rows.
+// stream: write around the processor's caches.
 void joinwise_kv_move(int pack, const Size* interior, Byte* cache, Size element, int cache_type, int wire_type,
                       Byte* wire, const Size* block_ids, Size first_token, Size num_tokens, Size first_head,
-                      Size num_heads, Size threads) {
+                      Size num_heads, int stream, Size threads) {
     if (num_tokens == 0) return;
     const Size block_size = interior[0], head_dim = interior[1];
     Job job{};
@@ -244,6 +274,7 @@ void joinwise_kv_move(int pack, const Size* interior, Byte* cache, Size element,
     job.cache = cache, job.wire = wire, job.block_ids = block_ids;
     job.first_token = first_token, job.num_tokens = num_tokens;
     job.first_head = first_head, job.num_heads = num_heads;
+    job.stream = stream;
     pack ? run<true>(job, threads) : run<false>(job, threads);
 }
 

@@ -8,6 +8,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -134,10 +135,28 @@ SETTINGS = settings(deadline=None, max_examples=60)
 
 
 @pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("around_the_caches", [False, True])
 @SETTINGS
 @given(job=jobs(), dtype=st.sampled_from(FLOATS + OPAQUE), threads=st.integers(1, 3))
-def test_native_moves_every_bit_as_the_reference_does(job: tuple, dtype: torch.dtype, threads: int) -> None:
+def test_native_moves_every_bit_as_the_reference_does(
+    around_the_caches: bool, job: tuple, dtype: torch.dtype, threads: int
+) -> None:
     interior, ids, first, count, heads, seed = job
+    with mock.patch.object(native_calls, "STREAM_FROM", 0 if around_the_caches else 1 << 40):
+        check_bits(interior, ids, first, count, heads, seed, dtype, threads)
+
+
+def check_bits(
+    interior: BlockInterior,
+    ids: list[int],
+    first: int,
+    count: int,
+    heads: range,
+    seed: int,
+    dtype: torch.dtype,
+    threads: int,
+) -> None:
+    """Pack, and unpack into another cache, with native code and the reference."""
     cache = cache_for(interior, BLOCKS, dtype, seed)
     wire = packed(cache, interior, ids, first, count, heads, threads=threads)
     assert torch.equal(wire, reference_packed(cache, interior, ids, first, count, heads))
@@ -196,15 +215,16 @@ def test_every_number_is_rounded_to_the_nearest_even(source: torch.dtype, to: to
 
 
 @pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("around_the_caches", [False, True])
 @pytest.mark.parametrize("block_size", [32, 64, 128])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_known_backends_whole(dtype: torch.dtype, block_size: int) -> None:
+def test_known_backends(dtype: torch.dtype, block_size: int, around_the_caches: bool) -> None:
     """Sizes of real models, where the vector paths have no edges."""
-    for name, interior in kv_interiors.known(BLOCKS, 2, block_size, 64).items():
-        cache = cache_for(interior, BLOCKS, dtype, 1)
-        assert interior.blocks_in(cache) == BLOCKS, name
-        job = (cache, interior, [3, 6, 0], 5, 3 * block_size - 9, range(2))
-        assert torch.equal(packed(*job), reference_packed(*job)), name
+    with mock.patch.object(native_calls, "STREAM_FROM", 0 if around_the_caches else 1 << 40):
+        for interior in kv_interiors.known(BLOCKS, 2, block_size, 64).values():
+            assert interior.blocks_in(cache_for(interior, BLOCKS, dtype, 1)) == BLOCKS
+            check_bits(interior, [3, 6, 0], 0, 3 * block_size, range(2), 1, dtype, 1)
+            check_bits(interior, [3, 6, 0], 5, 3 * block_size - 9, range(2), 1, dtype, 1)
 
 
 # ---- between engines --------------------------------------------------------------------------------------------
