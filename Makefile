@@ -5,7 +5,7 @@ PATHS := cluster actors kernels scripts tests setup.py
 # Extra arguments of pytest: make test ARGS="-k router -x"
 ARGS ?=
 .DEFAULT_GOAL := help
-.PHONY: help env demo models test test-unit helm-test check check-format check-lint check-types check-imports check-proto check-size \
+.PHONY: help env demo models test test-unit helm-test security-test check check-format check-lint check-types check-imports check-proto check-size \
         format proto proto-accept-breaking golden lock wheel clean
 
 help: ## list the targets
@@ -28,6 +28,11 @@ test-unit: env ## run the tests that start no engine and no cluster
 
 helm-test: env ## lint, render, validate and package the chart
 	.venv/bin/pytest tests/unit/test_helm.py tests/unit/test_helm_toggles.py tests/unit/test_helm_files.py $(ARGS)
+
+security-test: env ## every listener's doors: credentials, TLS, limits, secrets in logs; generated input included
+	HF_HUB_OFFLINE=1 .venv/bin/pytest tests/unit/test_tls.py tests/unit/test_ops.py tests/unit/test_apikeys.py \
+	  tests/unit/test_identity.py tests/unit/test_guard.py tests/unit/test_logs.py tests/unit/test_store_tls.py \
+	  tests/unit/test_auth.py tests/unit/test_grpc_server.py tests/integration/test_secured.py $(ARGS)
 
 check: env check-format check-lint check-types check-imports check-proto check-size ## format, lint, types, import rules, protocols
 	@echo "check: all good"

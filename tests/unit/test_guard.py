@@ -14,6 +14,8 @@ import httpx
 import pytest
 import uvicorn
 from helpers.certificates import Authority
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from joinwise.actors.gateway.audit import Audit
 from joinwise.actors.gateway.front import Front
@@ -339,3 +341,33 @@ def _trusting(authority: Authority, folder: Path) -> Any:
 
     (folder / "only-ca.crt").write_bytes(authority.pem)
     return ssl.create_default_context(cafile=str(folder / "only-ca.crt"))
+
+
+# Whatever comes.
+
+
+@given(
+    path=st.text(min_size=1, max_size=60).map(lambda text: f"/{text}"),
+    headers=st.lists(st.tuples(st.binary(max_size=30), st.binary(max_size=80)), max_size=12),
+    token=st.binary(max_size=200),
+)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+async def test_no_bytes_get_past_the_door(
+    world: World, path: str, headers: list[tuple[bytes, bytes]], token: bytes
+) -> None:
+    """Any path and any headers end with a refusal that is well-formed, and says nothing of what was sent."""
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    shown = [(name.lower(), value) for name, value in headers] + [(b"authorization", b"Bearer " + token)]
+    scope = {"type": "http", "method": "POST", "path": path, "headers": shown, "client": None}
+    await world.guard(scope, receive, send)
+    start, body = sent
+    assert start["status"] in (401, 431) or path in ("/health", "/ping")
+    text = json.dumps(json.loads(body["body"]))
+    assert len(token) < 8 or token.decode("latin-1") not in text
