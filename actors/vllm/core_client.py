@@ -205,6 +205,7 @@ class ClusterCore(EngineCoreClient):
     async def _start(self, live: _Live) -> None:
         """Send the parts of a request to their workers, unless it has ended or moved while links opened."""
         request, attempt = live.request, live.attempt
+        live.ledger.assigned(live.assignment, attempt)
         if live.assignment.sample and not attempt:  # the first sample brings the prompt's KV to the decode worker
             await live.ticket.prompt_ready.wait()
             if not self._is_at(live, attempt):
@@ -212,7 +213,6 @@ class ClusterCore(EngineCoreClient):
             live.assignment = replace(live.assignment, prefill=None)
         assignment = live.assignment
         request_id = request.request_id
-        live.ledger.assigned(assignment, attempt)
         prefill, decode = assignment.prefill, assignment.decode
         live.decode_id = split.part_id(request_id, attempt, "d")
         live.merge.to_skip = len(live.merge.emitted)

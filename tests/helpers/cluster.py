@@ -55,7 +55,10 @@ def cluster_config(name: str, *, dtype: str = "float32", **changes: Any) -> dict
             {"name": MODEL, "model": "smollm2-135m-instruct", "dtype": dtype, "max_model_len": 2048},
         ],
         "pools": pools,
-        "router": {"split": "always"},  # what is to be tested must happen, however short the prompt
+        "router": {
+            "split": "always",
+            "spill_ms": 3_600_000,
+        },  # what is to be tested must happen, however short the prompt
         "gateway": {"http_port": 0, "grpc_port": 0, "enable_auto_tools": True, "tool_parser": "hermes", "drain_s": 2},
         **changes,
     }
