@@ -111,7 +111,7 @@ class Guard:
             return Identity("", frozenset({"user"}), "preflight")
         shown = [value for name, value in scope["headers"] if name.lower() == b"authorization"]
         shown += [b"Bearer " + value for name, value in scope["headers"] if name.lower() == b"x-api-key"]  # Anthropic's
-        if len(shown) > 1:
+        if len(shown) > 1 and self._authenticator.asks:
             raise UnauthorizedError("more than one credential: send one")
         identity = await self._authenticator.identify(shown[0].decode("latin-1") if shown else "")
         identity.require("admin" if path in ADMINISTRATION else "metrics" if path in METRICS else "user")

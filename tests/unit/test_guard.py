@@ -132,6 +132,14 @@ async def test_two_credentials_are_none(world: World) -> None:
     assert (await world.client.get("/v1/models", headers=mixed)).status_code == 401
 
 
+async def test_where_nobody_is_asked_credentials_do_not_matter(world: World) -> None:
+    """Clients send what they have: Anthropic's sends both headers when it was given both."""
+    guard = Guard(world.application, Authenticator(GatewayConfig()), LimitsConfig(), world.audit)
+    headers = {"authorization": "Bearer a", "x-api-key": "b"}
+    for path in ("/v1/models", "/metrics", *ADMINISTRATION):
+        assert (await world.client_of(guard).post(path, headers=headers)).status_code == 200
+
+
 async def test_a_preflight_needs_no_credential(world: World) -> None:
     assert (await world.client.options("/v1/models")).status_code == 200
 
