@@ -300,7 +300,8 @@ class Gateway:
             await asyncio.sleep(self._config.router.lease_s / 3)
             with contextlib.suppress(JoinwiseError):
                 if self._core is not None and (assignments := self._core.assignments()):
-                    await self._router.renew(assignments)
+                    lost = await self._router.renew(assignments)
+                    await self._router.adopt(self._core.lost_leases(set(lost)))
 
     async def _expire(self) -> None:
         """Bury leases that nobody renews, and workers that have gone silent."""

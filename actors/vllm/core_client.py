@@ -12,7 +12,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -32,7 +32,7 @@ from joinwise.actors.gateway.utilities import Utilities
 from joinwise.actors.vllm import split
 from joinwise.actors.vllm.handoff import Handoff
 from joinwise.cluster.errors import JoinwiseError, WorkerLostError
-from joinwise.cluster.router.router import Assignment, Demand, Router, WorkerRef
+from joinwise.cluster.router.router import Assignment, Demand, Router, Running, WorkerRef
 from joinwise.proto import engine_pb2
 
 logger = logging.getLogger(__name__)
@@ -100,6 +100,14 @@ class ClusterCore(EngineCoreClient):
     def assignments(self) -> list[Assignment]:
         """Leases in use, to be renewed."""
         return [live.assignment for live in self._live.values()]
+
+    def lost_leases(self, lease_ids: Collection[str]) -> list[Running]:
+        """Requests that run on leases which Redis does not know any more."""
+        return [
+            Running(live.assignment, live.ticket.demand, live.prefill_done or bool(live.merge.emitted))
+            for live in self._live.values()
+            if live.assignment.lease_id in lease_ids
+        ]
 
     # What vLLM calls.
 

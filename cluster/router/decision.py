@@ -96,3 +96,12 @@ class Assignment:
     sample: int = 0
     ttft_ms: float = 0.0
     tpot_ms: float = 0.0
+
+
+@dataclass(frozen=True)
+class Running:
+    """A sample that runs, as its gateway knows it: enough to write its lease again where Redis has lost it."""
+
+    assignment: Assignment
+    demand: Demand
+    prefill_done: bool

@@ -8,6 +8,7 @@ Lua script and may be repeated safely: redis-py does so after a lost answer. How
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -19,14 +20,14 @@ from joinwise.cluster.config_model import RouterConfig
 from joinwise.cluster.errors import JoinwiseError, StoreUnavailableError
 from joinwise.cluster.router.admission import refusal
 from joinwise.cluster.router.ask import Ask, rules
-from joinwise.cluster.router.decision import Assignment, Demand, Held, WorkerRef
+from joinwise.cluster.router.decision import Assignment, Demand, Held, Running, WorkerRef
 from joinwise.cluster.router.line import Lines
 from joinwise.cluster.router.registry import Registry, WorkerState
 from joinwise.cluster.router.terms import Terms
 from joinwise.cluster.store.client import Scripts, StoreClock, store_errors
 from joinwise.cluster.store.keys import Keys
 
-__all__ = ["Assignment", "Demand", "Held", "Router", "Terms", "WorkerRef", "samples_of"]
+__all__ = ["Assignment", "Demand", "Held", "Router", "Running", "Terms", "WorkerRef", "samples_of"]
 
 _EXPIRE_BATCH = 256
 _ENDING = ("common", "tenants", "leases")
@@ -151,6 +152,38 @@ class Router:
             lost: list[str] = await self._scripts.run("renew", now, self._lease_ms, *pairs)
         return lost
 
+    async def adopt(self, running: Iterable[Running]) -> int:
+        """Write leases again that `renew` did not find, for samples that run on; returns how many.
+
+        Redis may have lost its data, and workers have registered again. A lease whose workers have not yet, or that
+        is there, is left alone: call again later, nothing is counted twice.
+        """
+        leases: dict[str, dict[str, Any]] = {}
+        for each in running:
+            lease, demand = each.assignment, each.demand
+            known = leases.setdefault(
+                lease.lease_id,
+                {
+                    "id": lease.lease_id,
+                    "epoch": str(lease.lease_epoch),
+                    "request": demand.request_id,
+                    "p": _place(lease.prefill or lease.decode),
+                    "d": _place(lease.decode),
+                    "prompt": demand.prompt_tokens,
+                    "held": demand.prompt_tokens,
+                    "new": demand.max_new_tokens,
+                    "left": 0,
+                },
+            )
+            known["left"] += 1
+            if each.prefill_done:
+                known["prompt"] = 0
+        if not leases:
+            return 0
+        now = await self._clock.now_ms()
+        with store_errors("writing leases again"):
+            return int(await self._scripts.run("adopt", now, self._lease_ms, *map(json.dumps, leases.values())))
+
     async def settle(self, assignment: Assignment, generated: int | None = None) -> bool:
         """Give back what a sample still holds. False if it was settled before or has expired.
 
@@ -224,6 +257,10 @@ class Router:
         task = asyncio.get_running_loop().create_task(settle())
         self._abandoned.add(task)
         task.add_done_callback(self._abandoned.discard)
+
+
+def _place(worker: WorkerRef) -> tuple[str, str]:
+    return worker.worker_id, worker.engine_address
 
 
 def samples_of(assignment: Assignment, samples: int) -> list[Assignment]:

@@ -11,7 +11,7 @@ from joinwise.cluster.config import RouterConfig
 from joinwise.cluster.errors import InvalidRequestError, NoWorkerError, OverloadedError, StoreUnavailableError
 from joinwise.cluster.router.admission import retry_after_s
 from joinwise.cluster.router.registry import WorkerLoad
-from joinwise.cluster.router.router import Assignment, Router
+from joinwise.cluster.router.router import Assignment, Router, Running, samples_of
 from joinwise.cluster.store.client import connect
 from joinwise.cluster.store.embedded import EmbeddedRedis
 from joinwise.cluster.store.keys import Keys
@@ -247,6 +247,39 @@ async def test_a_flushed_script_cache_is_filled_again(bench: Bench) -> None:
     await bench.join("m")
     await bench.client.script_flush()
     assert await bench.router.settle(await bench.router.route(demand()))
+
+
+async def test_leases_are_written_again_after_redis_has_lost_its_data(bench: Bench) -> None:
+    for name, role in (("p", "prefill"), ("d", "decode")):
+        await bench.join(name, role)
+    split = await bench.router.route(demand(100, 10))
+    many = samples_of(await bench.router.route(demand(50, 5, samples=3)), 3)
+    running = [Running(split, demand(100, 10), False)]
+    running += [Running(each, demand(50, 5, samples=3), True) for each in many[1:]]  # the first has ended
+    await bench.client.delete(*[key async for key in bench.client.scan_iter(match=f"*{bench.cluster}}}*")])
+    assert set(await bench.router.renew([split, *many])) == {split.lease_id, many[0].lease_id}
+    assert await bench.router.adopt(running) == 0  # no worker is there yet
+    bench.clock.pass_(0.01)  # type: ignore[attr-defined]
+    for name, role in (("p", "prefill"), ("d", "decode")):
+        await bench.join(name, role)
+    adopted = await asyncio.gather(*(bench.with_().router.adopt(running) for _ in range(3)))
+    assert sum(adopted) == 2  # once, however many say so
+    assert await bench.pending() == {"p": (100, 0), "d": (0, 110 + 50 + 2 * 5)}
+    assert await bench.router.renew([split, *many]) == []
+    assert await bench.router.prefill_done(split)
+    for each in (split, *many[1:]):
+        assert await bench.router.settle(each)
+    await bench.assert_zero()
+
+
+async def test_a_lease_on_another_process_is_not_written_again(bench: Bench) -> None:
+    await bench.join("m")
+    lease = await bench.router.route(demand())
+    await bench.router.settle(lease)
+    await bench.join("m", engine_address="elsewhere:1")
+    assert await bench.router.adopt([Running(lease, demand(), False)]) == 0
+    assert await bench.router.adopt([]) == 0
+    await bench.assert_zero()
 
 
 async def test_clusters_do_not_see_each_other(bench: Bench) -> None:
