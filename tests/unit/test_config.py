@@ -69,7 +69,7 @@ def test_unknown_keys_name_the_nearest(write) -> None:  # type: ignore[no-untype
     assert first.startswith("unknown key 'replcas' in pools[1] (")
     assert first.endswith("joinwise.yaml:14); did you mean 'replicas'?")
     assert "unknown key 'zzz' in kv" in second
-    assert "known: frame_bytes" in second
+    assert "known: " in second and "frame_bytes" in second
     assert second != third
     assert "did you mean 'gateway'?" in third
 
