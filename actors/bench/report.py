@@ -29,7 +29,7 @@ def machine(**more: Any) -> dict[str, Any]:
 def write(
     path: Path,
     bench: str,
-    figures: Mapping[str, float],
+    figures: Mapping[str, float | None],
     rows: Sequence[Mapping[str, Any]],
     described: Mapping[str, Any],
 ) -> None:
