@@ -30,13 +30,13 @@ WORKERS = (2, 16, 64, 512, 1000)
 GATEWAYS = (1, 4, 8)
 _MODEL = "m"
 _SETTINGS = RouterConfig(max_pending_tokens=1 << 30, lease_s=600, worker_ttl_s=600)
-_RACE_LIMIT = 20_000
+_RACE_LIMIT = 8_000
 _RACE_SETTINGS = _SETTINGS.model_copy(update={"max_pending_tokens": _RACE_LIMIT})
 _CONCURRENT = 16
 
 
 def worker(index: int, count: int) -> WorkerInfo:
-    """A worker of one of three speeds; half of them prefill."""
+    """A worker; half of them prefill."""
     role = "prefill" if index < count / 2 else "decode"
     return WorkerInfo(
         worker_id=f"w{index}",
@@ -62,13 +62,15 @@ def worker(index: int, count: int) -> WorkerInfo:
     )
 
 
-async def join(client: Any, cluster: str, count: int) -> None:
-    """Register workers of three speeds."""
+async def join(client: Any, cluster: str, count: int, speeds: int = 3) -> None:
+    """Register workers of so many speeds."""
     registry = Registry(client, cluster, _SETTINGS)
     for index in range(count):
         info = worker(index, count)
         epoch = await registry.register(info)
-        load = WorkerLoad(prefill_tokens_per_s=(4000, 8000, 16000)[index % 3], decode_step_ms=(40, 20, 10)[index % 3])
+        load = WorkerLoad(
+            prefill_tokens_per_s=(4000, 8000, 16000)[index % speeds], decode_step_ms=(40, 20, 10)[index % speeds]
+        )
         await registry.heartbeat(info.worker_id, epoch, load)
 
 
@@ -240,7 +242,7 @@ def race(url: str, processes: int, decisions: int, workers: int) -> dict[str, An
 
     async def prepare() -> None:
         client = connect(url)
-        await join(client, cluster, workers)
+        await join(client, cluster, workers, speeds=1)  # so that equal loads are what is best
         await client.aclose()
 
     async def left() -> list[str]:

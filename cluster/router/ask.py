@@ -64,9 +64,9 @@ class Ask:
         return name, tenants.get(name, _NO_LIMITS)
 
     def text(self, *, queued: bool) -> str:
-        """As JSON, without what is as usual. `queued`: it waits already."""
+        """As JSON, without what is as usual; empty when all is. `queued`: it waits already."""
         demand, terms = self.demand, self.demand.terms
-        ask: dict[str, Any] = {"entry": self.entry}
+        ask: dict[str, Any] = {}
         if demand.needs:
             ask["needs"], ask["class"] = sorted(demand.needs), self.queue_class
         if demand.exclude:
@@ -93,7 +93,7 @@ class Ask:
             ask["slo_ttft"], ask["slo_tpot"] = terms.slo_ttft_ms, terms.slo_tpot_ms
         if self.patient:
             ask |= {"patient": True, "queued": queued, "score": self.score}
-        return _json(ask)
+        return _json(ask) if ask else ""
 
 
 def _json(value: dict[str, Any]) -> str:

@@ -131,6 +131,7 @@ class Router:
                 self._ttl_ms,
                 ask.text(queued=queued),
                 *self._rules,
+                ask.entry,
                 preludes=_ROUTING,
             )
         return answer

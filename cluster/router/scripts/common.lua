@@ -11,9 +11,12 @@ local function profiles_key(model) return base .. 'profiles:' .. model end
 
 -- The next epoch. The counter starts at the time (us), so that epochs stay unique when Redis loses its data.
 local function next_epoch(now_ms)
-  redis.call('SET', base .. 'epoch', now_ms .. '000', 'NX')
-  redis.call('INCR', base .. 'epoch')
-  return redis.call('GET', base .. 'epoch')
+  local epoch = redis.call('INCR', base .. 'epoch')
+  if epoch == 1 then
+    epoch = now_ms * 1000 + 1
+    redis.call('SET', base .. 'epoch', string.format('%.0f', epoch))
+  end
+  return string.format('%.0f', epoch)
 end
 
 -- Milliseconds that a worker needs for what is pending: prompts one after another, answers at its full batch.
