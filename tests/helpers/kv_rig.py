@@ -277,6 +277,7 @@ class Fetch:
 
     def cancel(self) -> None:
         """Cancel its streams, and nothing else."""
+        eventually(lambda: bool(self.fetch._streams), "a stream is attached")  # its sender may know of it sooner
         for cancel in list(self.fetch._streams):
             cancel()
 
