@@ -51,7 +51,7 @@ def _load() -> ctypes.CDLL | None:
     except OSError as error:
         reason = str(error) if path.exists() else f"{path.name} was not built"
     _log.warning(
-        "native kernels: %s; falling back to the reference, several times slower. "
+        "native kernels: %s; falling back to the references, tens of times slower. "
         "Install a C++ compiler (g++) and run `make env`, or install joinwise again.",
         reason,
     )

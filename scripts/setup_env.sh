@@ -94,6 +94,6 @@ say "installing joinwise itself"
 complaints=$("$venv/bin/python" -m pip install --quiet --no-deps --no-build-isolation -e . 2>&1) ||
     fail "installing failed: $complaints"
 compgen -G "kernels/_native*.so" >/dev/null ||
-    say "the native kernels were not built ($compiler): plain torch stands in, several times slower"
+    say "the native kernels were not built ($compiler): plain torch stands in, tens of times slower"
 printf '%s\n%s\n' "$want_lock" "$want_project" >"$stamp"
 say "the $kind environment is ready in $venv"

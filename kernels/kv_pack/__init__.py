@@ -11,6 +11,7 @@ Triton on a CUDA device, else the reference. Native code runs without the GIL; s
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 from collections.abc import Sequence
 from types import ModuleType
@@ -185,8 +186,13 @@ def _native(cache: torch.Tensor) -> ctypes.CDLL | None:
 
 def _path(cache: torch.Tensor) -> ModuleType:
     """The module whose `pack` and `unpack` stand in for native code."""
-    if cache.device.type == "cuda" and importlib.util.find_spec("triton"):
-        from joinwise.kernels.kv_pack import triton_kernels
+    return _triton() if cache.device.type == "cuda" else reference
 
-        return triton_kernels
-    return reference
+
+@functools.cache
+def _triton() -> ModuleType:
+    if importlib.util.find_spec("triton") is None:
+        return reference
+    from joinwise.kernels.kv_pack import triton_kernels
+
+    return triton_kernels

@@ -45,24 +45,25 @@ def _launch(job: Job, wire: torch.Tensor, *, to_wire: bool) -> None:
     interior = job.interior
     ids = torch.tensor(job.ids, dtype=torch.int64, device=cache.device)
     grid = (triton.cdiv(job.num_tokens, _TILE), len(job.heads))
-    for index, part in enumerate(interior.parts):
-        _move[grid](
-            cache,
-            rows,
-            ids,
-            job.first_token,
-            job.num_tokens,
-            job.heads.start,
-            interior.block_size,
-            interior.head_dim,
-            interior.block_stride,
-            index,
-            len(interior.parts),
-            *part.numbers,
-            tile=_TILE,
-            dims=triton.next_power_of_2(interior.head_dim),
-            to_wire=to_wire,
-        )
+    with torch.cuda.device_of(cache):
+        for index, part in enumerate(interior.parts):
+            _move[grid](
+                cache,
+                rows,
+                ids,
+                job.first_token,
+                job.num_tokens,
+                job.heads.start,
+                interior.block_size,
+                interior.head_dim,
+                interior.block_stride,
+                index,
+                len(interior.parts),
+                *part.numbers,
+                tile=_TILE,
+                dims=triton.next_power_of_2(interior.head_dim),
+                to_wire=to_wire,
+            )
 
 
 @triton.jit

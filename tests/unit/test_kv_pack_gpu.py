@@ -1,10 +1,11 @@
-"""The Triton kernels against the reference: on a CUDA device where there is one, interpreted everywhere."""
+"""The Triton kernels: compiled and interpreted everywhere, and on a CUDA device where there is one."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,6 +58,32 @@ def test_interpreted() -> None:
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.split() == ["compared", str(len(INTERIORS) + len(PAIRS))]
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    ("cache", "wire", "conversion"),
+    [("i16", "i16", ""), ("u8", "u8", ""), ("fp32", "bf16", "cvt.rn.bf16"), ("fp32", "fp16", "cvt.rn.f16")],
+)
+def test_compiles_for_devices_that_are_not_here(
+    cache: str, wire: str, conversion: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To machine code, with the rounding that is promised."""
+    triton = pytest.importorskip("triton")
+    targets = pytest.importorskip("triton.backends.compiler")
+    if "nvidia" not in triton.backends.backends:
+        pytest.skip("this Triton has no compiler for CUDA")
+    from joinwise.kernels.kv_pack import triton_kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+    kernel = triton_kernels._move
+    constants = {"tile": 16, "dims": 64, "to_wire": True}
+    types = {"cache": f"*{cache}", "wire": f"*{wire}", "ids": "*i64", **dict.fromkeys(constants, "constexpr")}
+    source = triton.compiler.ASTSource(kernel, {n: types.get(n, "i64") for n in kernel.arg_names}, constants)
+    compiled = triton.compile(source, target=targets.GPUTarget("cuda", capability, 32))
+    assert len(compiled.asm["cubin"]) > 1000
+    assert conversion in compiled.asm["ptx"]
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: only the interpreter was asked")
