@@ -26,6 +26,11 @@ test: models ## run all tests
 test-unit: env ## run the tests that start no engine and no cluster
 	HF_HUB_OFFLINE=1 .venv/bin/pytest tests/unit -m "not engine and not cluster and not slow" $(ARGS)
 
+ROUNDS ?= 1000
+fuzz-kv: env ## KV transfers that meet random faults, with engines and without: make fuzz-kv ROUNDS=1000
+	HF_HUB_OFFLINE=1 FUZZ_ROUNDS=$(ROUNDS) .venv/bin/pytest -s -o session_timeout=0 --timeout=0 \
+	  tests/unit/test_kv_fuzz.py tests/unit/test_kv_killed.py tests/integration/test_kv_faults.py $(ARGS)
+
 helm-test: env ## lint, render, validate and package the chart
 	.venv/bin/pytest tests/unit/test_helm.py tests/unit/test_helm_toggles.py tests/unit/test_helm_files.py $(ARGS)
 

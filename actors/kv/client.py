@@ -236,7 +236,8 @@ class KvClient:
                 raise LaneRefusedError("size", f"the sender's payloads have up to {answer.largest_payload} bytes")
             self._lanes.give_back(self._lanes.lease(answer.lane_address, kind), clean=True)
 
-        link = self.links.get(peer) or Link(peer)
+        with self._lock:  # two first fetches at once count on one link
+            link = self.links.setdefault(peer, Link(peer))
         link.transport, link.why = settle(self._preference, tuple(answer.lane_kinds), attempt)
         return link
 
