@@ -84,8 +84,8 @@ class RedisTlsConfig(Section):
 class RedisConfig(Section):
     """Where decisions are made and remembered."""
 
-    url: str = Field(default="embedded", pattern=r"^(embedded|(redis|rediss|unix)://.+)$")
-    """`embedded` starts a server with the cluster; else redis://, rediss:// (TLS) or unix://."""
+    url: str = Field(default="embedded", pattern=r"^(embedded|(redis|rediss|unix|redis\+sentinel)://.+)$")
+    """`embedded` starts a server with the cluster; else redis://, rediss:// (TLS), unix:// or redis+sentinel://."""
     port: Port = 0
     """Port of the embedded server on loopback; 0 picks a free one."""
     data_dir: str | None = None

@@ -18,6 +18,7 @@ from redis.backoff import ExponentialBackoff
 
 from joinwise.cluster.config_model import RedisConfig
 from joinwise.cluster.errors import InternalError, StoreUnavailableError
+from joinwise.cluster.store.sentinel import SCHEME, connect_sentinel
 
 _CLOCK_REFRESH_S = 60.0
 _RETRY_AFTER_S = 2.0
@@ -37,7 +38,7 @@ def connect(url: str, settings: RedisConfig | None = None) -> Redis:
     """A client for `url` that gives up in time. Connects at the first command; close it with `aclose()`.
 
     Args:
-        url: redis://, rediss:// or unix:// (an embedded server's `url` too; the word "embedded" is no address).
+        url: redis://, rediss://, unix:// or redis+sentinel://; an embedded server's `url` too, but not the word.
         settings: deadlines, retries and the bound on connections.
     """
     settings = settings or RedisConfig()
@@ -52,18 +53,18 @@ def connect(url: str, settings: RedisConfig | None = None) -> Redis:
             "ssl_check_hostname": True,
             "ssl_min_version": ssl.TLSVersion.TLSv1_2,
         }
-    pool = BlockingConnectionPool.from_url(
-        url,
-        decode_responses=True,
-        max_connections=settings.max_connections,
-        timeout=settings.timeout_s,
-        socket_connect_timeout=settings.connect_timeout_s,
-        socket_timeout=settings.timeout_s,
-        health_check_interval=0,
-        retry=Retry(ExponentialBackoff(cap=0.2, base=0.02), settings.retries),
-        retry_on_error=[failures.ConnectionError, failures.TimeoutError],
-        **tls,
-    )
+    common: dict[str, Any] = {
+        "decode_responses": True,
+        "max_connections": settings.max_connections,
+        "socket_connect_timeout": settings.connect_timeout_s,
+        "socket_timeout": settings.timeout_s,
+        "health_check_interval": 0,
+        "retry": Retry(ExponentialBackoff(cap=0.2, base=0.02), settings.retries),
+        "retry_on_error": [failures.ConnectionError, failures.TimeoutError],
+    }
+    if url.startswith(SCHEME):
+        return connect_sentinel(url, **common)
+    pool = BlockingConnectionPool.from_url(url, timeout=settings.timeout_s, **common, **tls)
     if tls:
         pool.connection_class = _FreshSSLConnection  # as an argument, the URL's own would win
     return Redis.from_pool(pool)
