@@ -34,6 +34,7 @@ BASELINE_PIECE = 4 << 20
 """Bytes that one `sendall` or `recv_into` of the baseline is given."""
 _LANDING_BYTES = 256 << 20
 _WAIT_S = 120.0
+_END_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -260,9 +261,10 @@ class Remote:
         """End the process, which may be stopped."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._pid, signal.SIGCONT)
+        self._pipe.close()  # it ends by itself, and what its libraries log gets written
+        self._process.join(_END_S)
         self._process.terminate()
         self._process.join()
-        self._pipe.close()
 
     def _answer(self) -> Any:
         try:

@@ -20,7 +20,7 @@ def ends():
     """Starting them takes seconds; the last test of this file ends the sender."""
     sender = Remote(Sender, SHAPE)
     receiver = Remote(Receiver, SHAPE, ["tcp", "shm"], *sender("addresses"))
-    yield sender, receiver
+    yield kv.Pair(sender, receiver, SHAPE)
     receiver.close()
     sender.close()
 
@@ -53,9 +53,8 @@ def test_the_command_writes_every_figure_and_what_is_behind_it(tmp_path, monkeyp
 
 @pytest.mark.parametrize("transport", ["tcp", "shm"])
 def test_all_that_lands_is_verified_and_compared(ends, transport):
-    sender, receiver = ends
-    pair = kv.Pair(sender, receiver, SHAPE)
-    assert pair.check(transport, [3, 1]) == 2 * SHAPE.block_bytes
+    sender, receiver = ends.sender, ends.receiver
+    assert ends.check(transport, [3, 1]) == 2 * SHAPE.block_bytes
     assert receiver("digest", [3, 1]) == sender("digest", [3, 1])
     assert receiver("digest", [0]) != sender("digest", [0]), "blocks that nobody asked for have come too"
 
@@ -81,7 +80,7 @@ def test_other_bytes_than_were_sent_end_the_benchmark():
 
 
 def test_an_end_s_error_is_told_and_it_serves_on(ends):
-    _, receiver = ends
+    receiver = ends.receiver
     with pytest.raises(RuntimeError, match=r"IndexError.*blocks"):
         receiver("digest", [99])
     assert receiver("cpu_seconds") > 0
@@ -115,7 +114,7 @@ def test_what_ucx_chose_is_read_from_its_log(tmp_path):
 
 
 def test_an_end_sleeps_between_calls_and_its_death_is_noticed(ends):
-    sender, _ = ends
+    sender = ends.sender
     for _ in range(2):
         with sender.awake():
             assert sender("digest", [0])
