@@ -201,6 +201,8 @@ class RouterConfig(Section):
     """Seconds of waiting that one step of priority is worth."""
     spill_ms: float = Field(default=250.0, ge=0, le=3_600_000)
     """Milliseconds of queue beyond which a pool's requests spill into the mixed pool, and then pull a worker in."""
+    moves: bool = True
+    """Pull workers of another pool into mixed where that has the same fingerprint; they go back by themselves."""
     gap_weight: float = Field(default=1.0, ge=0, le=1000)
     """What a millisecond of delay to a decoding neighbour counts, against one of the request's own."""
     handoff_ms: float = Field(default=10.0, ge=0, le=60_000)

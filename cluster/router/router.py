@@ -132,6 +132,7 @@ class Router:
                 ask.text(queued=queued),
                 *self._rules,
                 ask.entry,
+                int(self._settings.moves),
                 preludes=_ROUTING,
             )
         return answer
@@ -250,6 +251,7 @@ class Router:
                         f"{ask.demand.model}:{ask.queue_class}",
                         ask.tenant[0],
                         ask.entry,
+                        int(self._settings.moves),
                         preludes=(*_ENDING, "queue"),
                     )
             except JoinwiseError:

@@ -57,7 +57,7 @@ def cluster_config(name: str, *, dtype: str = "float32", **changes: Any) -> dict
         "pools": pools,
         "router": {
             "split": "always",
-            "spill_ms": 3_600_000,
+            "moves": False,
         },  # what is to be tested must happen, however short the prompt
         "gateway": {"http_port": 0, "grpc_port": 0, "enable_auto_tools": True, "tool_parser": "hermes", "drain_s": 2},
         **changes,

@@ -9,6 +9,7 @@ import pytest
 from helpers.router_rig import Bench, Make, chosen, demand
 from redis.asyncio import Redis
 
+from joinwise.cluster.errors import OverloadedError
 from joinwise.cluster.router.decision import Held
 from joinwise.cluster.router.registry import WorkerLoad
 from joinwise.cluster.router.router import samples_of
@@ -97,6 +98,19 @@ async def test_only_equal_fingerprints_change_roles(bench: Bench) -> None:
     for _ in range(3):
         assert chosen(await bench.router.route(demand(2000)))[0] == "p"
     assert set((await bench.roles()).values()) == {"prefill", "decode"}
+
+
+async def test_without_moves_every_worker_keeps_to_its_pool(bench: Bench) -> None:
+    await fleet(bench, p="prefill", d="decode")
+    fixed = bench.with_(moves=False, max_pending_tokens=1000)
+    first = await fixed.router.route(demand(400, 500))
+    assert chosen(first) == ("p", "d")
+    await fixed.router.prefill_done(first)
+    for whole in (False, True):
+        with pytest.raises(OverloadedError):
+            await fixed.router.route(demand(400, 500, whole=whole, exclude=frozenset({"p"} if whole else ())))
+    free = bench.with_(max_pending_tokens=1000)
+    assert chosen(await free.router.route(demand(100, 50))) == (None, "p")
 
 
 async def test_an_operators_mixed_worker_stays_mixed(bench: Bench) -> None:

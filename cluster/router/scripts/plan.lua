@@ -30,7 +30,7 @@ local function choose(own, mixed, other, price, need, queued, demand)
   local spare, spare_ms = cheapest({ mixed }, price, need, demand)
   local how = nil
   if spare and spare_ms < least_ms then best, least_ms, how = spare, spare_ms, #own > 0 and 'spilled' or nil end
-  if #own == 0 or (best and queued(best) <= demand.spill_ms) then return best, how end
+  if not demand.moves or #own == 0 or (best and queued(best) <= demand.spill_ms) then return best, how end
   -- Only between equal fingerprints is a change of role one write.
   local pulled, pulled_ms = cheapest({ other }, price, need, demand, own[1].fingerprint)
   if pulled and pulled_ms < least_ms then
@@ -73,6 +73,7 @@ local function plan(pools, demand)
   if demand.whole then return nil, whole or alone, 'whole', whole and whole_ms or alone_ms end
   if #pools.decode + #pools.mixed == 0 then return nil, alone, 'no_decode_worker', alone_ms end
   if #pools.prefill + #pools.mixed == 0 then return nil, whole, 'no_prefill_worker', whole_ms end
+  if not demand.moves then alone = nil end -- a prefill worker decodes only where nobody else could
   local p, p_how = choose(pools.prefill, pools.mixed, pools.decode, prefill_cost, prefill_need, prompt_wait, demand)
   local d, d_how = choose(pools.decode, pools.mixed, pools.prefill, decode_cost, decode_need, decode_wait, demand)
   if not p or not d then return nil, whole or alone, 'whole_spilled', whole and whole_ms or alone_ms end

@@ -1,7 +1,7 @@
 -- Admits a request: its tenant's limits, its turn, then the plan; reserves the tokens and writes a lease, or says why not.
 -- ARGV: 1 lease id, 2 request id, 3 model, 4 prompt tokens, 5 new tokens of one sample, 6 samples, 7 now (ms),
---   8 lease (ms), 9 worker ttl (ms), 10 what else it asks for (JSON, or empty), 11 to 20 the rules, as named below,
---   21 its name in the queue
+--   8 lease (ms), 9 worker ttl (ms), 10 what else it asks for (JSON, or empty), 11 to 20 and 22 the rules, as
+--   named below, 21 its name in the queue
 -- Else: needs, class (the same as text), excluded, spared (how many), held, whole, session, urgent (it was admitted
 -- before), slo_ttft, slo_tpot, tenant, and of its place in the queue: patient (it may wait), queued, score.
 local lease_id, request, model, new, samples, now =
@@ -15,6 +15,7 @@ demand.auto, demand.limit, demand.max_queue, demand.spill_ms, demand.gap_weight,
   demand.slack_ms, demand.session_ms, demand.kept = ARGV[11] == '1', tonumber(ARGV[12]), tonumber(ARGV[13]),
   tonumber(ARGV[14]), tonumber(ARGV[15]), tonumber(ARGV[16]), tonumber(ARGV[17]), tonumber(ARGV[18]), ARGV[19],
   tonumber(ARGV[20])
+demand.moves = ARGV[22] == '1'
 demand.model, demand.samples, demand.prompt, demand.new = model, samples, tonumber(ARGV[4]), samples * new
 demand.needs, demand.excluded, demand.held = demand.needs or {}, demand.excluded or {}, demand.held or {}
 demand.oldest = oldest_beat(now, tonumber(ARGV[9]))
