@@ -85,7 +85,7 @@ class Certificates:
         self._refused: object = None
         try:
             self._pem = self._read()
-            self._contexts = self._build()
+            self._contexts = self._build(self._pem)
         except (OSError, ssl.SSLError, ValueError) as error:
             raise ConfigError(
                 f"the TLS files {cert}, {key}{f', {ca}' if ca else ''} cannot be used: {error}"
@@ -114,7 +114,7 @@ class Certificates:
             clients: ask clients for a certificate; None does so where there is an authority to check it with.
         """
         ask = self._asks(clients)
-        built = self._build()
+        built = self._build(self._pem)
         outer = built.asking if ask else built.server  # its own: the hook below must not be on what it hands over
 
         def newest(connection: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
@@ -179,15 +179,15 @@ class Certificates:
             if marks == self._marks():
                 return pem
 
-    def _build(self) -> _Contexts:
+    def _build(self, pem: _Pem) -> _Contexts:
         """What connections are made with; also the proof that the files fit together."""
-        ca = self._pem.ca.decode() if self._pem.ca is not None else None
-        server, client = self._context(ssl.PROTOCOL_TLS_SERVER), self._context(ssl.PROTOCOL_TLS_CLIENT)
+        ca = pem.ca.decode() if pem.ca is not None else None
+        server, client = self._context(ssl.PROTOCOL_TLS_SERVER, pem), self._context(ssl.PROTOCOL_TLS_CLIENT, pem)
         if ca is None:
             client.load_default_certs()
             return _Contexts(server, server, client)
         client.load_verify_locations(cadata=ca)
-        asking = self._context(ssl.PROTOCOL_TLS_SERVER)
+        asking = self._context(ssl.PROTOCOL_TLS_SERVER, pem)
         asking.load_verify_locations(cadata=ca)
         asking.verify_mode = ssl.CERT_REQUIRED
         # A resumed session is not verified again: its client might have lost our trust meanwhile.
@@ -195,12 +195,12 @@ class Certificates:
         asking.options |= ssl.OP_NO_TICKET
         return _Contexts(server, asking, client)
 
-    def _context(self, protocol: int) -> ssl.SSLContext:
+    def _context(self, protocol: int, pem: _Pem) -> ssl.SSLContext:
         context = ssl.SSLContext(protocol)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         # From memory, so that what was read together is used together; OpenSSL wants a path.
         with open(os.memfd_create("pem", os.MFD_CLOEXEC), "wb", buffering=0) as file:
-            file.write(self._pem.key + b"\n" + self._pem.cert)
+            file.write(pem.key + b"\n" + pem.cert)
             context.load_cert_chain(f"/proc/self/fd/{file.fileno()}")
         return context
 
@@ -211,17 +211,18 @@ class Certificates:
             if now - self._looked < self._check_every_s:
                 return
             self._looked = now
-            before, marks = self._pem, None
+            marks = None
             try:
                 marks = self._marks()
-                if marks in (before.marks, self._refused):
+                if marks in (self._pem.marks, self._refused):
                     return
-                self._pem = self._read()
-                self._contexts = self._build()
+                pem = self._read()
+                contexts = self._build(pem)
             except (OSError, ssl.SSLError, ValueError) as error:
-                self._pem, self._refused = before, marks
+                self._refused = marks
                 logger.error("the TLS files beside %s cannot be used, the old ones stay: %s", self._cert, error)
                 return
+            self._pem, self._contexts = pem, contexts  # others build from them meanwhile: only what fits is ever seen
             self._generation += 1
             logger.info("the TLS files beside %s have changed and are in use", self._cert)
 

@@ -6,6 +6,7 @@ import signal
 
 import psutil
 import pytest
+from helpers.kv_rig import eventually
 from typer.testing import CliRunner
 
 from joinwise.actors.bench import kv, kv_kernels, kv_nixl
@@ -118,7 +119,8 @@ def test_an_end_sleeps_between_calls_and_its_death_is_noticed(ends):
     for _ in range(2):
         with sender.awake():
             assert sender("digest", [0])
-    assert psutil.Process(sender._pid).status() == psutil.STATUS_STOPPED
+    process = psutil.Process(sender._pid)
+    eventually(lambda: process.status() == psutil.STATUS_STOPPED, "the signal has arrived")
     with sender.awake():
         os.kill(sender._pid, signal.SIGKILL)
         with pytest.raises(RuntimeError, match="has died"):
