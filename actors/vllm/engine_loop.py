@@ -29,6 +29,7 @@ from joinwise.actors.vllm.connector import ports
 from joinwise.actors.vllm.connector.worker import KvSettings, KvStatus
 from joinwise.actors.vllm.cpu_seeds import spare_generators
 from joinwise.actors.vllm.handoff import KV_TRANSFER_KEY, Handoff, set_replay
+from joinwise.actors.vllm.kv_events import report_now
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,13 @@ class EngineLoop:
 
     def utility(self, method: str, arguments: Sequence[Any]) -> "Future[Any]":
         """Call one of `UTILITIES` between two steps."""
-        return self.between_steps(lambda: getattr(self.core, method)(*arguments))
+
+        def call() -> Any:
+            result = getattr(self.core, method)(*arguments)
+            report_now(self.core.scheduler)
+            return result
+
+        return self.between_steps(call)
 
     def between_steps(self, call: Callable[[], Any]) -> "Future[Any]":
         """Run a call on the stepping thread, between two steps."""

@@ -7,6 +7,7 @@ every process: SHA-256 over a fixed seed (`prefix_caching_hash_algo` must be a c
 """
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
@@ -33,6 +34,12 @@ def events_config() -> KVEventsConfig:
 def report_blocks(scheduler: Scheduler, note: Note) -> None:
     """Have an engine's scheduler tell `note` which blocks its cache holds. Before the engine's first step."""
     scheduler.kv_event_publisher = _Reporter(scheduler, note)
+
+
+def report_now(scheduler: Scheduler) -> None:
+    """Tell what has changed between two steps: an idle engine may not step for long. On the stepping thread."""
+    if events := scheduler.kv_cache_manager.take_events():
+        scheduler.kv_event_publisher.publish(EventBatch(ts=time.time(), events=events))
 
 
 class _Reporter(EventPublisher):

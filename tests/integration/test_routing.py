@@ -107,10 +107,12 @@ async def test_samples_share_one_prefill_and_one_transfer(cluster: RunningCluste
 
 
 async def test_samples_answer_as_single_requests_do(cluster: RunningCluster) -> None:
+    """Sample i of a seeded request is the request with its seed and i."""
     prompt = prompt_of(3 * BLOCK + 7, seed=4)
-    together = (await complete(cluster, prompt, n=3)).json()["choices"]
-    alone = (await complete(cluster, prompt)).json()["choices"][0]
-    assert [choice["text"] for choice in together] == [alone["text"]] * 3
+    together = (await complete(cluster, prompt, n=3, temperature=1.0, seed=5)).json()["choices"]
+    for index, choice in enumerate(sorted(together, key=lambda each: each["index"])):
+        alone = (await complete(cluster, prompt, temperature=1.0, seed=5 + index)).json()["choices"][0]
+        assert choice["text"] == alone["text"]
 
 
 @pytest.mark.parametrize(

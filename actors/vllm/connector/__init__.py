@@ -59,7 +59,9 @@ class JoinwiseConnector(KVConnectorBase_V1):
             raise NotImplementedError(f"KV hand-off supports one KV cache group; layer {names[0]!r} is in another")
         block_size = groups[0].kv_cache_spec.block_size
         if role is KVConnectorRole.SCHEDULER:
-            self._scheduler = host.scheduler = SchedulerConnector(block_size, host.on_report)
+            self._scheduler = host.scheduler = SchedulerConnector(
+                block_size, host.on_report, ranks=vllm_config.parallel_config.world_size
+            )
         else:
             self.worker = WorkerConnector(block_size, kv_cache_config.num_blocks, wake=host.wake)
 

@@ -52,7 +52,7 @@ class StepMetadata(KVConnectorMetadata):
 
 @dataclass
 class StepReports(KVConnectorWorkerMetadata):
-    """What imports that a rank reports in this step have cost; one for each of them."""
+    """What the imports that have ended on a rank since its last step have cost."""
 
     reports: list[FetchReport] = field(default_factory=list)
 

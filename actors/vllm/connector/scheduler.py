@@ -51,12 +51,16 @@ class SchedulerConnector:
     Args:
         block_size: tokens per KV block.
         on_report: gets the report of every ended import, on the stepping thread.
+        ranks: each of them reports its part.
     """
 
-    def __init__(self, block_size: int, on_report: Callable[[FetchReport], None] = lambda _: None) -> None:
+    def __init__(
+        self, block_size: int, on_report: Callable[[FetchReport], None] = lambda _: None, ranks: int = 1
+    ) -> None:
         self._block_size = block_size
         self._on_report = on_report
-        self._reports: dict[str, FetchReport] = {}
+        self._ranks = ranks
+        self._reports: dict[str, list[FetchReport]] = {}
         self._receives: dict[str, _Receive] = {}
         self._sends: dict[str, _Send] = {}
         self._held: set[str] = set()
@@ -173,17 +177,22 @@ class SchedulerConnector:
         """The worker halves have reported requests."""
         if isinstance(output.kv_connector_worker_meta, StepReports):
             for report in output.kv_connector_worker_meta.reports:
-                if (earlier := self._reports.get(report.request_id)) is not None:
-                    earlier.merge(report)
-                else:
-                    self._reports[report.request_id] = report
+                self._gather(report)
         for request_id in output.finished_recving or ():
-            if request_id in self._reports:
-                self._on_report(self._reports.pop(request_id))
             receive = self._receives.get(request_id)
             if receive is not None:
                 receive.state = ReceiveState.OVER
         self._held.difference_update(output.finished_sending or ())
+
+    def _gather(self, report: FetchReport) -> None:
+        parts = self._reports.setdefault(report.request_id, [])
+        parts.append(report)
+        if len(parts) < self._ranks:
+            return
+        whole, *others = self._reports.pop(report.request_id)
+        for other in others:
+            whole.merge(other)
+        self._on_report(whole)
 
     def request_finished(self, request: "Request") -> bool:
         """A request has ended, in whatever way.

@@ -82,6 +82,8 @@ class _Receive:
     report: FetchReport
     over: bool = False
     """Its thread has ended."""
+    told: bool = False
+    """Its report has been taken."""
     stopped: str = ""
     """ "abort" or "fail": what the scheduler half said. Set only after the fence."""
 
@@ -273,6 +275,7 @@ class WorkerConnector:
                 # Stopped means fenced: it can be reported though its thread may not have noticed.
                 if not receive.over and not receive.stopped:
                     continue
+                self._tell(receive)
                 if receive.stopped != "abort" and request_id not in self._released:
                     continue
                 del self._receives[request_id]
@@ -280,13 +283,19 @@ class WorkerConnector:
                 results.finished_recving.add(request_id)
                 if receive.stopped != "abort" and not receive.fetch.complete:
                     results.failed_recving.add(request_id)
-                if not receive.fetch.complete and receive.stopped:  # what its stream then said tells nothing
-                    receive.report = replace(receive.report, failure=_STOPPED[receive.stopped])
-                self._reports.append(receive.report)
         return results
 
+    def _tell(self, receive: _Receive) -> None:
+        """Report what an import has cost, once, as soon as it is over."""
+        if receive.told:
+            return
+        receive.told = True
+        if not receive.fetch.complete and receive.stopped:  # what its stream then said tells nothing
+            receive.report = replace(receive.report, failure=_STOPPED[receive.stopped])
+        self._reports.append(receive.report)
+
     def take_reports(self) -> StepReports | None:
-        """What the imports reported since the last call have cost."""
+        """What the imports that have ended since the last call have cost."""
         reports, self._reports = self._reports, []
         return StepReports(reports) if reports else None
 
