@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -313,6 +316,39 @@ def test_calls_on_different_blocks_may_run_at_once() -> None:
     for thread in threads:
         thread.join()
     assert torch.equal(bits(landed), bits(cache))
+
+
+NO_ROOM_FOR_THREADS = """
+import resource, threading, torch
+from helpers import kv_interiors
+from joinwise.kernels import kv_pack
+from joinwise.kernels.kv_pack import native_calls
+
+interior = kv_interiors.cpu_vec(3, 32, 64)
+cache = kv_interiors.cache_for(interior, 8, torch.float32, 1)
+alone, shared = torch.zeros(2, kv_pack.wire_bytes(interior, 256, 3, cache.dtype), dtype=torch.uint8).unbind()
+job = {"first_token": 0, "num_tokens": 256, "heads": range(3)}
+assert native_calls.library() is not None
+kv_pack.pack(cache, interior, range(8), out=alone, **job)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 20), resource.RLIM_INFINITY))
+try:
+    threading.Thread(target=print).start()
+except RuntimeError:
+    kv_pack.pack(cache, interior, range(8), out=shared, threads=4, **job)
+    print("equal" if torch.equal(alone, shared) else "different")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the limit is counted from /proc")
+def test_threads_that_cannot_be_started_are_done_without() -> None:
+    if native_calls.library() is None:
+        pytest.skip("the native kernels were not built (no g++?)")
+    paths = os.pathsep.join(path for path in sys.path if path)
+    command = [sys.executable, "-c", NO_ROOM_FOR_THREADS]
+    env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
+    assert done.stdout == "equal\n", done.stdout + done.stderr
 
 
 # ---- buffers and bad input --------------------------------------------------------------------------------------
