@@ -18,6 +18,7 @@ from helpers.plain_vllm import PlainServer
 from helpers.raw_gateway import RawGateway, attached, workers
 
 from joinwise.cluster.router.registry import WorkerInfo
+from joinwise.proto import engine_pb2
 
 pytestmark = [pytest.mark.cluster, pytest.mark.model, pytest.mark.timeout(0)]
 
@@ -55,6 +56,7 @@ async def _by_hand(
     report = await decode.report(f"{name}.d")
     if fault != "sender_cancelled":  # that one may come too late
         assert report.recomputed, f"{fault} was not noticed"
+    await decode.send(continue_request=engine_pb2.ContinueRequest(request_id=f"{name}.d", epoch=receive.epoch))
     tokens, _ = await decode.tokens(f"{name}.d")
     await prefill.abort(f"{name}.p")
     return tokens
