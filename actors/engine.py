@@ -164,6 +164,7 @@ class EngineWorker:
             lease_s=kv.lease_s,
             model_digest=digest,
             token=self._token,
+            tls=self._config.tls,
         )
         connector.host.on_report = self._service.on_report
         return EngineLoop(config, settings, on_outputs=self._service.on_outputs, on_dead=self._on_dead)

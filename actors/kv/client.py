@@ -22,6 +22,7 @@ from joinwise.actors.kv.links import Link, Preference, preference, settle
 from joinwise.actors.kv.receiving import CODECS, Fetch, FetchReport, FetchSpec, Importer, LandingBudget
 from joinwise.actors.kv.server import CHANNEL_OPTIONS, FETCH, LAYOUT, LONGEST_FETCH_S, STALE_INSTANCE
 from joinwise.actors.kv.stalls import Stalls
+from joinwise.actors.tls import Certificates
 from joinwise.proto import kv_pb2
 
 _FETCH_DEADLINE_S = LONGEST_FETCH_S / 24
@@ -70,7 +71,7 @@ class KvClient:
         blocks: the cache to write to.
         budget: bounds the bytes in landing buffers.
         token: shown to senders.
-        credentials: TLS; None connects in plain text.
+        certificates: of the cluster, read again when they are renewed; None connects in plain text.
         transport: "auto", "grpc" or a kind of lane.
         codec: how payloads are coded; one that loses precision is used everywhere, `lossless` where elements have
             16 bits.
@@ -84,7 +85,7 @@ class KvClient:
         budget: LandingBudget,
         *,
         token: str = "",
-        credentials: grpc.ChannelCredentials | None = None,
+        certificates: Certificates | None = None,
         transport: str = "grpc",
         codec: str = "none",
         lanes: LanePool | None = None,
@@ -93,13 +94,13 @@ class KvClient:
         self._metadata = bearer(token)
         self._blocks = blocks
         self._budget = budget
-        self._credentials = credentials
+        self._certificates = certificates
         self._preference: Preference = preference(transport if lanes is not None else "grpc")
         self._lanes = lanes
         self._slot_bytes = slot_bytes
         self._encoding = next(encoding for encoding, name in CODECS.items() if name == codec)
         self._ranks: tuple[int, Sequence[kv_pb2.KvLayout]] = (0, [blocks.layout])
-        self._channels: dict[str, grpc.Channel] = {}
+        self._channels: dict[tuple[str, int], grpc.Channel] = {}  # by peer, and by generation of our certificates
         self._agreed: dict[tuple[str, ...], _Agreement] = {}
         self._ending: set[grpc.Call] = set()
         self._stalls = Stalls()
@@ -372,11 +373,14 @@ class KvClient:
 
     def _channel(self, peer: str) -> grpc.Channel:
         with self._lock:
-            channel = self._channels.get(peer)
+            certificates = self._certificates
+            key = (peer, certificates.generation if certificates is not None else 0)
+            channel = self._channels.get(key)
             if channel is None:
-                if self._credentials is None:
+                if certificates is None:
                     channel = grpc.insecure_channel(peer, CHANNEL_OPTIONS)
-                else:
-                    channel = grpc.secure_channel(peer, self._credentials, CHANNEL_OPTIONS)
-                self._channels[peer] = channel
+                else:  # one of an older generation stays open for the transfers that it carries
+                    options = [*CHANNEL_OPTIONS, *certificates.channel_options]
+                    channel = grpc.secure_channel(peer, certificates.grpc_channel(), options)
+                self._channels[key] = channel
             return channel

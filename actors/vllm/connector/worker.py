@@ -28,7 +28,9 @@ from joinwise.actors.kv.layout import LayerGeometry, LayoutMismatchError
 from joinwise.actors.kv.receiving import Fetch, FetchReport, FetchSpec, LandingBudget
 from joinwise.actors.kv.sending import SendTable, SendTransfer
 from joinwise.actors.kv.server import KvServer
+from joinwise.actors.tls import peers
 from joinwise.actors.vllm.connector.metadata import StepMetadata, StepReports
+from joinwise.cluster.config_model import PeerTlsConfig
 from joinwise.proto import kv_pb2
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,8 @@ class KvSettings:
     """Streams open at once, those that wait for their prefill included; see `KvServer`."""
     model_digest: str = ""
     token: str = field(default="", repr=False)
+    tls: PeerTlsConfig | None = None
+    """The cluster's certificates: each rank reads them where it runs."""
 
 
 @dataclass(frozen=True)
@@ -150,14 +154,22 @@ class WorkerConnector:
         device = str(next(iter(self.caches.values())).device)
         slot_bytes = max(settings.frame_bytes, *self.blocks.block_bytes)
         options = LaneOptions(slot_bytes=slot_bytes, device=device)
+        certificates = peers(settings.tls)
         lanes = pool = None
         if kinds:
-            lanes = LaneServer(f"{settings.host}:0", token=settings.token, kinds=kinds, options=options)
-            pool = LanePool(token=settings.token, options=options)
+            tls = certificates.server_context() if certificates is not None else None
+            lanes = LaneServer(f"{settings.host}:0", token=settings.token, tls=tls, kinds=kinds, options=options)
+            pool = LanePool(
+                token=settings.token,
+                tls=certificates.client_context if certificates is not None else None,
+                server_name=certificates.server_name if certificates is not None else "",
+                options=options,
+            )
         self._client = KvClient(
             self.blocks,
             self._budget,
             token=settings.token,
+            certificates=certificates,
             transport=settings.transport,
             codec=settings.codec,
             lanes=pool,
@@ -171,6 +183,7 @@ class WorkerConnector:
             claim_timeout_s=settings.lease_s,
             max_streams=settings.max_streams,
             token=settings.token,
+            credentials=certificates.grpc_server() if certificates is not None else None,
             lanes=lanes,
             lane_kinds=kinds,
         )
