@@ -42,7 +42,7 @@ def serve(
 @bench.command()
 def handoff(
     transport: Annotated[list[str] | None, typer.Option(help="kv.transport; shm, tcp and grpc by default")] = None,
-    dtype: Annotated[str, typer.Option(help="Element type of model and cache")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="Element type of model and cache")] = "float32",
     repeats: Annotated[int, typer.Option(help="Prompts of each length", min=1)] = 5,
     json: Json = None,
 ) -> None:

@@ -104,6 +104,6 @@ def _cluster(transport: str, dtype: str) -> JoinwiseConfig:
             ],
             "kv": {"transport": transport},
             "gateway": {"http_port": 0, "grpc_port": 0, "drain_s": 2},
-            "router": {"split": "always"},
+            "router": {"split": "always", "moves": False},
         }
     )
