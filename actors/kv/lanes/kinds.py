@@ -20,9 +20,9 @@ class Kind:
 
 
 def load(kind: str) -> Kind:
-    """The kind of this name, one of `KINDS`."""
+    """The kind of this name, one of `KINDS`. May take seconds: call it before a handshake begins."""
     if kind == "nccl":
-        from joinwise.actors.kv.lanes import nccl  # takes a second, and the others need no torch
+        from joinwise.actors.kv.lanes import nccl  # the others need no torch
 
         return Kind(nccl.connect, nccl.accept)
     return {"tcp": Kind(tcp.connect, tcp.accept), "shm": Kind(shm.connect, shm.accept)}[kind]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 HEADER_BYTES = 64
+MAX_RING_BYTES = 1 << 30
 
 
 class LaneClosedError(ConnectionError):
@@ -29,12 +30,21 @@ class LaneRefusedError(ConnectionError):
         self.detail = detail
 
 
+def fits(slots: int, slot_bytes: int) -> bool:
+    """Whether a ring may be so large: its memory is taken when the lane is made, whatever there is."""
+    return slots > 0 and slot_bytes > 0 and slots * slot_bytes <= MAX_RING_BYTES
+
+
 @dataclass(frozen=True)
 class LaneOptions:
     """How lanes are made at this end.
 
+    Raises:
+        ValueError: a ring that is empty or larger than `MAX_RING_BYTES`.
+
     Attributes:
-        socket_buffer_bytes: SO_SNDBUF at the sender and SO_RCVBUF at the receiver; 0 leaves them to the kernel.
+        socket_buffer_bytes: SO_SNDBUF and SO_RCVBUF; 0 leaves them to the kernel, which fits them to the distance,
+            but for peers on the same host.
         slots, slot_bytes: the ring of an `shm` lane, made by the receiver; a slot holds one payload.
         device: where this end's KV is, "cpu" or "cuda:<index>"; an `nccl` lane sends from and to it.
     """
@@ -43,6 +53,10 @@ class LaneOptions:
     slots: int = 8
     slot_bytes: int = 1 << 20
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if not fits(self.slots, self.slot_bytes):
+            raise ValueError(f"{self.slots} slots of {self.slot_bytes} bytes: at most {MAX_RING_BYTES} bytes together")
 
 
 class Lane(Protocol):

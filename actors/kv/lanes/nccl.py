@@ -164,7 +164,7 @@ class NcclGroup:
             time.sleep(_POLL_S)
 
 
-class NcclLane(TcpLane):
+class _NcclLane(TcpLane):
     """What both ends have in common."""
 
     kind = "nccl"
@@ -200,7 +200,7 @@ class NcclLane(TcpLane):
         return self._staging[:size]
 
 
-class NcclSend(NcclLane, TcpSend):
+class NcclSend(_NcclLane, TcpSend):
     """The sender's end."""
 
     def send(self, header: bytes, payload: Sequence[memoryview]) -> None:
@@ -227,7 +227,7 @@ class NcclSend(NcclLane, TcpSend):
         self.payload_bytes += payload.numel()
 
 
-class NcclReceive(NcclLane, TcpReceive):
+class NcclReceive(_NcclLane, TcpReceive):
     """The receiver's end."""
 
     _announced = 0

@@ -129,12 +129,13 @@ class LanePool:
                     del self._idle[place]
 
     def _connect(self, address: str, kind: str) -> TcpReceive:
+        way = kinds.load(kind)
         wire = self._dial(address)
         lane = None
         try:
             wire.limit(time.monotonic() + self._connect_timeout_s)
             wire.secure()
-            lane = kinds.load(kind).connect(wire, {"kind": kind, "token": self._token}, self._options)
+            lane = way.connect(wire, {"kind": kind, "token": self._token}, self._options)
             answer = wire.receive_message()
             lane.lane_id, lane.instance = answer.get("lane_id", 0), answer.get("instance", "")
             if not isinstance(lane.lane_id, int) or not isinstance(lane.instance, str) or not lane.instance:
@@ -154,12 +155,10 @@ class LanePool:
         connected = None
         try:
             connected = socket.create_connection((host, port), self._connect_timeout_s)
-            if size := self._options.socket_buffer_bytes:
-                connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
             if self._tls is not None:
                 name = self._server_name or host
                 connected = self._tls().wrap_socket(connected, server_hostname=name, do_handshake_on_connect=False)
-            return Wire(connected)
+            return Wire(connected, self._options.socket_buffer_bytes)
         except OSError as error:
             if connected is not None:
                 connected.close()

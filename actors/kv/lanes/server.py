@@ -58,7 +58,8 @@ class LaneServer:
         idle_s: float = 300.0,
         options: LaneOptions | None = None,
     ) -> None:
-        self._token, self._tls, self._kinds = token.encode(), tls, frozenset(kinds)
+        self._token, self._tls = token.encode(), tls
+        self._kinds = {kind: lane_kinds.load(kind) for kind in kinds}
         self._options = options or LaneOptions()
         self._max_strangers, self._handshake_timeout_s = max_strangers, handshake_timeout_s
         self._table = LaneTable(max_lanes, idle_s)
@@ -74,8 +75,6 @@ class LaneServer:
         host, port = split_address(bind)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
-        if self._options.socket_buffer_bytes:  # accepted sockets inherit it
-            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self._options.socket_buffer_bytes)
         self._listener.settimeout(self._tick_s)
         self.address = f"{bind.rsplit(':', 1)[0]}:{self._listener.getsockname()[1]}"
         self._thread = threading.Thread(target=self._listen, name="kv-lanes", daemon=True)
@@ -106,7 +105,9 @@ class LaneServer:
         self._table.give_back(lane, clean=clean)
 
     def stop(self) -> None:
-        """End the listener, handshakes and idle lanes; interrupt lanes in use, which `give_back` will close."""
+        """End the listener, handshakes and idle lanes; interrupt lanes in use, for `give_back` to close. Idempotent."""
+        if self._stopped.is_set():
+            return
         self._stopped.set()
         self._listener.shutdown(socket.SHUT_RDWR)  # wakes its thread
         self._thread.join()
@@ -140,7 +141,7 @@ class LaneServer:
         try:
             if self._tls is not None:
                 connected = self._tls.wrap_socket(connected, server_side=True, do_handshake_on_connect=False)
-            wire = Wire(connected)
+            wire = Wire(connected, self._options.socket_buffer_bytes)
         except OSError:
             connected.close()
             self._count("gone")
@@ -189,7 +190,7 @@ class LaneServer:
         """Make a lane of a connection that may have one; its peer hears of it before any transfer can."""
         self._table.reserve()
         try:
-            lane = lane_kinds.load(hello["kind"]).accept(wire, hello, self._options)
+            lane = self._kinds[hello["kind"]].accept(wire, hello, self._options)
         except BaseException:
             self._table.cancel()
             raise
@@ -213,7 +214,7 @@ class LaneServer:
 
     def _refuse(self, wire: Wire, refusal: LaneRefusedError) -> None:
         self._count(refusal.reason)
-        logger.warning("%s", refusal)
+        logger.warning("%s", str(refusal))  # a log that keeps the error keeps its frames
         try:
             wire.send_message({"refused": refusal.reason, "detail": refusal.detail})
         except LaneClosedError:

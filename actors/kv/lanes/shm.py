@@ -18,18 +18,18 @@ from typing import Any
 
 import numpy as np
 
-from joinwise.actors.kv.lanes.lane import LaneClosedError, LaneOptions, LaneRefusedError
-from joinwise.actors.kv.lanes.tcp import TcpReceive, TcpSend, size_of
+from joinwise.actors.kv.lanes.lane import LaneClosedError, LaneOptions, LaneRefusedError, fits
+from joinwise.actors.kv.lanes.tcp import TcpLane, TcpReceive, TcpSend, size_of
 from joinwise.actors.kv.lanes.wire import GarbageError, Wire
 
 _NAME = "joinwise-lane"
 _NONCE_BYTES = 16
 _SLOTS_AT = mmap.PAGESIZE
 """Where the slots begin; the nonce is at the beginning of the page before."""
-_MAX_SLOTS = 1024
-_MAX_RING_BYTES = 1 << 30
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _CREDIT = b"\x01"
+_CREDITS = 4096
+"""As many at once."""
 
 
 class Ring:
@@ -70,32 +70,50 @@ class Ring:
             np.frombuffer(piece, np.uint8)[:] = self._bytes[offset : offset + piece.nbytes]
             offset += piece.nbytes
 
-    def check(self, size: int) -> None:
-        """Raises ValueError: a payload of this size does not fit in a slot."""
-        if size > self.slot_bytes:
-            raise ValueError(f"a payload of {size} bytes, a slot of this lane has {self.slot_bytes}")
+    def close(self) -> None:
+        """Unmap it."""
+        self._bytes = np.empty(0, np.uint8)
 
     def _turn(self) -> int:
         slot, self._next = self._next, (self._next + 1) % self.slots
         return _SLOTS_AT + slot * self.slot_bytes
 
 
-class ShmSend(TcpSend):
-    """The sender's end."""
+class _ShmLane(TcpLane):
+    """What both ends have in common."""
 
     kind = "shm"
 
     def __init__(self, wire: Wire, ring: Ring) -> None:
         super().__init__(wire)
         self._ring = ring
+
+    def close(self) -> None:
+        """See `Lane`."""
+        super().close()
+        self._ring.close()
+
+    def _check(self, size: int) -> None:
+        """Raises what `send` and `receive` raise for a payload of this size, and for a lane that has ended."""
+        if size > self._ring.slot_bytes:
+            raise ValueError(f"a payload of {size} bytes, a slot of this lane has {self._ring.slot_bytes}")
+        if self.wire.interrupted:
+            raise LaneClosedError("the lane was interrupted")
+
+
+class ShmSend(_ShmLane, TcpSend):
+    """The sender's end."""
+
+    def __init__(self, wire: Wire, ring: Ring) -> None:
+        super().__init__(wire, ring)
         self._free = ring.slots
 
     def send(self, header: bytes, payload: Sequence[memoryview]) -> None:
         """See `SendLane`; ValueError for a payload that is larger than a slot."""
         size = size_of(payload)
-        self._ring.check(size)
+        self._check(size)
         if size:
-            if not self._free and not self._expected(self.wire.receive_some(self._ring.slots)):
+            if not self._free and not self._expected(self.wire.receive_some(_CREDITS)):
                 raise LaneClosedError("the peer has given back slots that it did not have")
             self._ring.put([piece for piece in payload if piece.nbytes])
             self._free -= 1
@@ -107,22 +125,14 @@ class ShmSend(TcpSend):
         return self._free <= self._ring.slots
 
 
-class ShmReceive(TcpReceive):
+class ShmReceive(_ShmLane, TcpReceive):
     """The receiver's end."""
-
-    kind = "shm"
-
-    def __init__(self, wire: Wire, ring: Ring) -> None:
-        super().__init__(wire)
-        self._ring = ring
 
     def receive(self, into: Sequence[memoryview]) -> None:
         """See `ReceiveLane`; ValueError for a payload that is larger than a slot."""
         size = size_of(into)
-        self._ring.check(size)
+        self._check(size)
         if size:
-            if self.wire.interrupted:
-                raise LaneClosedError("the lane was interrupted")
             self._ring.take([piece for piece in into if piece.nbytes])
             self.wire.send([_CREDIT])
         self.payload_bytes += size
@@ -168,10 +178,11 @@ def accept(wire: Wire, hello: dict[str, Any], options: LaneOptions) -> ShmSend:
         nonce = bytes.fromhex(where["nonce"])
     except (KeyError, TypeError, ValueError) as error:
         raise GarbageError("no ring") from error
-    if not (0 < slots <= _MAX_SLOTS and slot_bytes > 0 and slots * slot_bytes <= _MAX_RING_BYTES):
-        raise LaneRefusedError("host", f"{slots} slots of {slot_bytes} bytes are too many")
+    if not fits(slots, slot_bytes):
+        raise GarbageError("no ring")
     ring = _open(f"/proc/{pid}/fd/{number}", slots, slot_bytes)
     if len(nonce) != _NONCE_BYTES or not hmac.compare_digest(ring.nonce, nonce):
+        ring.close()
         raise LaneRefusedError("host", "the ring is another than the receiver's: it is on another host")
     wire.send_message({})
     return ShmSend(wire, ring)
@@ -179,9 +190,12 @@ def accept(wire: Wire, hello: dict[str, Any], options: LaneOptions) -> ShmSend:
 
 def _open(path: str, slots: int, slot_bytes: int) -> Ring:
     try:
-        if not os.readlink(path).startswith(f"/memfd:{_NAME} "):  # before opening: to open a device can do things
+        target = os.readlink(path)
+        if not target.startswith(f"/memfd:{_NAME} "):  # looked at before it is opened: to open a device does things
             raise LaneRefusedError("host", f"{path} is no ring: the receiver is on another host")
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except LaneRefusedError:
+        raise
     except FileNotFoundError as error:
         raise LaneRefusedError("host", f"no {path}: the receiver is on another host or in another container") from error
     except OSError as error:
@@ -192,6 +206,8 @@ def _open(path: str, slots: int, slot_bytes: int) -> Ring:
         if os.fstat(descriptor).st_size != _SLOTS_AT + slots * slot_bytes:
             raise LaneRefusedError("host", f"{path} has another size than the receiver says")
         return Ring(descriptor, slots, slot_bytes)
+    except LaneRefusedError:
+        raise
     except OSError as error:
         raise LaneRefusedError("host", f"{path} cannot be mapped: {error.strerror}") from error
     finally:

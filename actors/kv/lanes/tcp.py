@@ -23,9 +23,12 @@ class TcpLane:
     def healthy(self) -> bool:
         """See `Lane`."""
         try:
-            return not self.wire.interrupted and self._expected(self.wire.drain())
+            healthy = self._expected(self.wire.drain())
         except LaneClosedError:
-            return False
+            healthy = False
+        if not healthy:
+            self.wire.interrupt()  # what was read of it is gone
+        return healthy
 
     def interrupt(self) -> None:
         """See `Lane`."""
