@@ -74,6 +74,7 @@ class Sender:
         self.idle_calls = 0
         self.table = SendTable(self._on_idle)
         self.blocks = KvBlocks(self.caches, **{**_LAYOUT, **layout})  # type: ignore[arg-type]
+        kinds = [kind for kind in kinds if kind != "grpc"]  # that one needs no lane
         self.lanes = LaneServer("127.0.0.1:0", token=token, kinds=kinds)
         self.server = KvServer(
             self.table,
