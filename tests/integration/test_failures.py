@@ -23,7 +23,7 @@ import httpx
 import psutil
 import pytest
 import redis
-from helpers.cluster import ENGINE, MODEL, RunningCluster, cluster_config, running_cluster
+from helpers.cluster import MODEL, RunningCluster, cluster_config, running_cluster
 from helpers.idle import assert_idle
 from helpers.processes import Home
 
@@ -446,15 +446,4 @@ async def test_a_second_launcher_is_refused(bench: Bench, home: Home) -> None:
         config["gateway"][name] = int(address.rpartition(":")[2])
         said = await asyncio.to_thread(_refused, home, config)
         assert f"gateway.{name}" in said and "Address already in use" in said
-    await bench.ask(_STORY, 4)
-
-
-async def test_a_worker_with_another_layout_is_refused(bench: Bench, home: Home) -> None:
-    """It would join the same cluster from elsewhere: its launcher says why, and the first is unharmed."""
-    before = {info.worker_id: info.epoch for info in await bench.workers(count=3)}
-    pool = {"name": "misfit", "model": MODEL, "role": "mixed", "engine": {**ENGINE, "block_size": 64}}
-    config = cluster_config("failing", redis={"url": bench.cluster.redis_url}, pools=[pool])
-    said = await asyncio.to_thread(_refused, home, config, 240)
-    assert "worker misfit-0-1 may not join the model 'smol': its KV layout" in said
-    assert {info.worker_id: info.epoch for info in await bench.workers(count=3)} == before
     await bench.ask(_STORY, 4)
