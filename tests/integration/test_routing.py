@@ -91,9 +91,10 @@ async def test_a_reset_cache_vanishes_from_the_index(cluster: RunningCluster) ->
         await client.aclose()
     for worker in workers:
         await reset_cache(worker)
-    async with asyncio.timeout(10):
-        while any((await held_blocks(cluster)).values()):
-            await asyncio.sleep(0.05)
+    deadline = time.monotonic() + 10
+    while any((held := await held_blocks(cluster)).values()):
+        assert time.monotonic() < deadline, {name: len(blocks) for name, blocks in held.items()}
+        await asyncio.sleep(0.05)
 
 
 async def test_samples_share_one_prefill_and_one_transfer(cluster: RunningCluster) -> None:

@@ -357,7 +357,7 @@ def _trusting(authority: Authority, folder: Path) -> Any:
 @given(
     path=st.text(min_size=1, max_size=60).map(lambda text: f"/{text}"),
     headers=st.lists(st.tuples(st.binary(max_size=30), st.binary(max_size=80)), max_size=12),
-    token=st.binary(max_size=200),
+    token=st.binary(max_size=200).map(lambda secret: b"jw-s3cr3t-" + secret),
 )
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_no_bytes_get_past_the_door(
@@ -378,4 +378,4 @@ async def test_no_bytes_get_past_the_door(
     start, body = sent
     assert start["status"] in (401, 431) or path in ("/health", "/ping")
     text = json.dumps(json.loads(body["body"]))
-    assert len(token) < 8 or token.decode("latin-1") not in text
+    assert "s3cr3t" not in text
