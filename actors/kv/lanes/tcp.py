@@ -69,7 +69,7 @@ class TcpReceive(TcpLane):
 
 def size_of(pieces: Sequence[memoryview]) -> int:
     """Bytes in all of them."""
-    return sum(piece.nbytes for piece in pieces)
+    return sum(map(len, pieces))
 
 
 def connect(wire: Wire, hello: dict[str, Any], options: LaneOptions) -> TcpReceive:

@@ -1,7 +1,7 @@
 """The socket of a lane: whole pieces in and out, messages of the handshake, and an end from any thread."""
 
-import collections
 import contextlib
+import functools
 import json
 import select
 import socket
@@ -9,8 +9,8 @@ import ssl
 import struct
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 from joinwise.actors.kv.lanes.lane import LaneClosedError, LaneRefusedError
 
@@ -19,14 +19,33 @@ _ENVELOPE = struct.Struct("<4sHHI")  # magic, version, zero, bytes of JSON that 
 _MAGIC = b"JWLN"
 _MAX_MESSAGE = 4096
 _MAX_PIECES = 1024  # IOV_MAX of Linux
-_SAME_HOST_BUFFER = 512 << 10
-"""What the kernel chooses for a host's own address grows out of its caches: up to a third slower."""
+_SAME_HOST_BUFFERS = 512 << 10, 1 << 20
+"""SO_SNDBUF and SO_RCVBUF within a host: what is under way stays near the cores, where the kernel's own choice grows
+to tens of megabytes."""
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 def split_address(address: str) -> tuple[str, int]:
     """Host and port of `host:port` or `[host]:port`."""
     host, _, port = address.rpartition(":")
     return host.strip("[]"), int(port)
+
+
+def _ends(operation: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """What ends the connection ends the lane; the cause stays known."""
+
+    @functools.wraps(operation)
+    def ending(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        try:
+            return operation(*args, **kwargs)
+        except LaneClosedError:
+            raise
+        except OSError as error:
+            raise LaneClosedError(f"the lane has ended: {error or type(error).__name__}") from error
+
+    return ending
 
 
 class GarbageError(ValueError):
@@ -46,11 +65,14 @@ class Wire:
     def __init__(self, connected: socket.socket, buffer_bytes: int = 0) -> None:
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        if not buffer_bytes and connected.getpeername()[0] == connected.getsockname()[0]:
-            buffer_bytes = _SAME_HOST_BUFFER
-        if buffer_bytes:
-            connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_bytes)
-            connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
+        same_host = connected.getpeername()[0] == connected.getsockname()[0]
+        if same_host:  # nothing is ever congested; a host's BBR would pace the lane all the same, to half its speed
+            with contextlib.suppress(OSError):  # a sandbox may know no other
+                connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
+        if buffer_bytes or same_host:
+            sending, receiving = (buffer_bytes, buffer_bytes) if buffer_bytes else _SAME_HOST_BUFFERS
+            connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, sending)
+            connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receiving)
         self._socket = connected
         self._tls = isinstance(connected, ssl.SSLSocket)
         self._all = 0 if self._tls else socket.MSG_WAITALL
@@ -70,6 +92,7 @@ class Wire:
         if deadline is None:
             self._socket.settimeout(None)
 
+    @_ends
     def secure(self) -> None:
         """Do the TLS handshake, where there is TLS.
 
@@ -77,60 +100,61 @@ class Wire:
             LaneClosedError: it failed; the cause says how.
         """
         if isinstance(self._socket, ssl.SSLSocket):
-            with _ends():
-                self._arm()
-                self._socket.do_handshake()
+            self._arm()
+            self._socket.do_handshake()
 
+    @_ends
     def send(self, pieces: Sequence[bytes | memoryview]) -> None:
         """Send everything, in order.
 
         Raises:
             LaneClosedError: the connection has ended; part of it may have gone.
         """
-        with _ends():
-            if self._tls:
-                for piece in pieces:
-                    self._arm()
-                    self._socket.sendall(piece)
-                return
-            for start in range(0, len(pieces), _MAX_PIECES):
-                rest = [memoryview(piece) for piece in pieces[start : start + _MAX_PIECES]]
-                while rest:
-                    self._arm()
-                    rest = _after(rest, self._socket.sendmsg(rest))
+        if self._tls:
+            for piece in pieces:
+                self._arm()
+                self._socket.sendall(piece)
+            return
+        for start in range(0, len(pieces), _MAX_PIECES):
+            rest = pieces[start : start + _MAX_PIECES]
+            while rest:
+                self._arm()
+                rest = _after(rest, self._socket.sendmsg(rest))
 
+    @_ends
     def receive_into(self, views: Sequence[memoryview]) -> None:
         """Fill these views, in order.
 
         Raises:
             LaneClosedError: the connection has ended; part of them may have been written.
         """
-        with _ends():
-            for start in range(0, len(views), _MAX_PIECES):
-                rest = [view for view in views[start : start + _MAX_PIECES] if view.nbytes]
-                while rest:
-                    self._arm()
-                    if self._tls or len(rest) == 1:
-                        count = self._socket.recv_into(rest[0], 0, self._all)
-                    else:
-                        count = self._socket.recvmsg_into(rest, 0, self._all)[0]
-                    if not count:
-                        raise LaneClosedError("the peer has closed the lane")
-                    rest = _after(rest, count)
+        for start in range(0, len(views), _MAX_PIECES):
+            rest = _after(views[start : start + _MAX_PIECES], 0)
+            while rest:
+                self._arm()
+                if self._tls or len(rest) == 1:
+                    count = self._socket.recv_into(rest[0], 0, self._all)
+                else:
+                    count = self._socket.recvmsg_into(rest, 0, self._all)[0]
+                rest = _after(rest, _some(count))
 
+    @_ends
     def receive(self, size: int) -> bytes:
         """The next `size` bytes; errors as for `receive_into`."""
-        buffer = bytearray(size)
-        self.receive_into([memoryview(buffer)])
-        return bytes(buffer)
+        data = b""
+        while len(data) < size:
+            self._arm()
+            more = self._socket.recv(size - len(data), self._all)
+            _some(len(more))
+            data += more
+        return data
 
+    @_ends
     def receive_some(self, most: int) -> bytes:
         """What there is, at least one byte; errors as for `receive_into`."""
-        with _ends():
-            self._arm()
-            data = self._socket.recv(most)
-        if not data:
-            raise LaneClosedError("the peer has closed the lane")
+        self._arm()
+        data = self._socket.recv(most)
+        _some(len(data))
         return data
 
     def drain(self, most: int = 4096) -> bytes:
@@ -217,22 +241,21 @@ class Wire:
             self._socket.settimeout(left)
 
 
-def _after(views: list[memoryview], count: int) -> list[memoryview]:
-    """The views without their first `count` bytes."""
-    rest = collections.deque(views)
-    while rest and rest[0].nbytes <= count:
-        count -= rest.popleft().nbytes
-    if count:
-        rest[0] = rest[0][count:]
-    return list(rest)
+def _some(count: int) -> int:
+    """A count of bytes received; none means that the peer has closed the connection."""
+    if not count:
+        raise LaneClosedError("the peer has closed the lane")
+    return count
 
 
-@contextlib.contextmanager
-def _ends() -> Iterator[None]:
-    """What ends the connection ends the lane; the cause stays known."""
-    try:
-        yield
-    except LaneClosedError:
-        raise
-    except OSError as error:
-        raise LaneClosedError(f"the lane has ended: {error or type(error).__name__}") from error
+def _after(views: Sequence[Any], count: int) -> Sequence[Any]:
+    """The views without their first `count` bytes, the first of them not empty; nothing when no byte is left."""
+    if sum(map(len, views)) == count:
+        return ()
+    for index, view in enumerate(views):
+        if len(view) > count:
+            rest = list(views[index:])
+            rest[0] = memoryview(view)[count:]
+            return rest
+        count -= len(view)
+    return ()
