@@ -18,17 +18,20 @@ import grpc
 import vllm
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from prometheus_client import REGISTRY
 from vllm.config import VllmConfig
 from vllm.lora.request import LoRARequest
 
 from joinwise.actors import cpu
 from joinwise.actors.auth import AsyncBearer, is_loopback
 from joinwise.actors.engine_service import PROTOCOL_VERSION, EngineService, WorkerIdentity
+from joinwise.actors.kv.metrics import KvMetrics
 from joinwise.actors.models import resolve_model
 from joinwise.actors.ops import OpsServer
 from joinwise.actors.spec import WorkerSpec
 from joinwise.actors.tls import Certificates, peers
 from joinwise.actors.vllm import build, connector
+from joinwise.actors.vllm.connector import ports
 from joinwise.actors.vllm.connector.worker import KvSettings
 from joinwise.actors.vllm.engine_loop import EngineLoop
 from joinwise.actors.vllm.kv_events import report_blocks
@@ -66,6 +69,8 @@ class EngineWorker:
         self._dead: BaseException | None = None
         self._prefixes = PrefixLog(self._redis, config.cluster, config.router.prefix_log)
         self._telling: asyncio.Task[None] | None = None
+        self._kv = KvMetrics()
+        self._watching: asyncio.Task[None] | None = None
         self._token = ""
         self._certificates: Certificates | None = None
         self._ops: OpsServer | None = None
@@ -90,7 +95,7 @@ class EngineWorker:
         self._token = "" if is_loopback(self._spec.host) else await self._registry.token()
         model = await asyncio.to_thread(resolve_model, self._model.model, revision=self._model.revision)
         arguments = self._config.engine_arguments(self._pool)
-        self._service = EngineService(WorkerIdentity(self._config.cluster, self._spec.worker_id, 0))
+        self._service = EngineService(WorkerIdentity(self._config.cluster, self._spec.worker_id, 0), self._kv)
         config = await asyncio.to_thread(
             build.worker_config, str(model.path), arguments, kv_events=self._config.router.prefix_events
         )
@@ -99,6 +104,8 @@ class EngineWorker:
         if self._config.router.prefix_events:
             report_blocks(self._engine.core.scheduler, self._prefixes.note)
         self._engine.start()
+        REGISTRY.register(self._kv)
+        self._watching = asyncio.create_task(self._watch_kv())
         address = await self._serve()
         self._info = self._describe(config, model.digest, address)
         await self._register()
@@ -122,6 +129,9 @@ class EngineWorker:
         await self.drain(drain_s)
         if self._server is not None:
             await self._server.stop(0.2)
+        if self._watching is not None:
+            self._watching.cancel()
+            REGISTRY.unregister(self._kv)
         if self._engine is not None:
             await asyncio.to_thread(self._engine.stop)
         if self._ops is not None:
@@ -312,6 +322,14 @@ class EngineWorker:
                 logger.exception("the cluster refuses this worker")
             await asyncio.sleep(self._config.router.heartbeat_s)
         logger.error("worker %s is sick: %s", self._spec.worker_id, self.failure())
+
+    async def _watch_kv(self) -> None:
+        """Keep what `/metrics` and `joinwise status` say of KV links current; apart from heartbeats, which wait for no
+        step."""
+        assert self._engine is not None
+        while self._engine.alive:
+            self._kv.note(ports.figures(await asyncio.wrap_future(self._engine.kv_status())))
+            await asyncio.sleep(self._config.router.heartbeat_s)
 
     def _who(self) -> tuple[str, int]:
         assert self._service is not None

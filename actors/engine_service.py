@@ -18,6 +18,7 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
+from joinwise.actors.kv.metrics import KvMetrics
 from joinwise.actors.kv.receiving import FetchReport
 from joinwise.actors.vllm import connector
 from joinwise.actors.vllm.connector import ports
@@ -48,10 +49,16 @@ class _Gateway:
 
 
 class EngineService(engine_pb2_grpc.EngineServiceServicer):
-    """Serves gateways from one engine loop. Lives on one asyncio loop."""
+    """Serves gateways from one engine loop. Lives on one asyncio loop.
 
-    def __init__(self, identity: WorkerIdentity) -> None:
+    Args:
+        identity: who this worker is.
+        kv: what its KV links look like.
+    """
+
+    def __init__(self, identity: WorkerIdentity, kv: KvMetrics) -> None:
         self.identity = identity
+        self._kv = kv
         self._asyncio = asyncio.get_running_loop()
         self._engine: EngineLoop | None = None
         self._gateways: dict[int, _Gateway] = {}
@@ -146,6 +153,29 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
     ) -> engine_pb2.IdleResponse:
         """See engine.proto."""
         return await asyncio.wrap_future(self._loop.between_steps(self._idle))
+
+    async def KvLinks(  # noqa: N802
+        self, request: engine_pb2.KvLinksRequest, context: grpc.aio.ServicerContext
+    ) -> engine_pb2.KvLinksResponse:
+        """See engine.proto."""
+        return engine_pb2.KvLinksResponse(
+            links=[
+                engine_pb2.KvLinkReport(
+                    peer=link.peer,
+                    transport=link.transport,
+                    why=link.why,
+                    codec=link.codec,
+                    codec_why=link.codec_why,
+                    bytes_per_s=link.bytes_per_s,
+                    bytes=int(link.total("bytes")),
+                    streams=int(link.total("streams")),
+                    failed=int(link.total("failed")),
+                    retries=link.retries,
+                    refused=link.refused(),
+                )
+                for link in self._kv.figures.links
+            ]
+        )
 
     # Inside.
 

@@ -120,6 +120,49 @@ class UtilityResponse(_message.Message):
     result: bytes
     def __init__(self, result: _Optional[bytes] = ...) -> None: ...
 
+class KvLinksRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class KvLinksResponse(_message.Message):
+    __slots__ = ("links",)
+    LINKS_FIELD_NUMBER: _ClassVar[int]
+    links: _containers.RepeatedCompositeFieldContainer[KvLinkReport]
+    def __init__(self, links: _Optional[_Iterable[_Union[KvLinkReport, _Mapping]]] = ...) -> None: ...
+
+class KvLinkReport(_message.Message):
+    __slots__ = ("peer", "transport", "why", "codec", "codec_why", "bytes_per_s", "bytes", "streams", "failed", "retries", "refused")
+    class RefusedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    CODEC_WHY_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    STREAMS_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    RETRIES_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    peer: str
+    transport: str
+    why: str
+    codec: str
+    codec_why: str
+    bytes_per_s: float
+    bytes: int
+    streams: int
+    failed: int
+    retries: int
+    refused: _containers.ScalarMap[str, int]
+    def __init__(self, peer: _Optional[str] = ..., transport: _Optional[str] = ..., why: _Optional[str] = ..., codec: _Optional[str] = ..., codec_why: _Optional[str] = ..., bytes_per_s: _Optional[float] = ..., bytes: _Optional[int] = ..., streams: _Optional[int] = ..., failed: _Optional[int] = ..., retries: _Optional[int] = ..., refused: _Optional[_Mapping[str, int]] = ...) -> None: ...
+
 class IdleRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

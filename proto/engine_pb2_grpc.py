@@ -50,6 +50,11 @@ class EngineServiceStub:
                 request_serializer=joinwise_dot_proto_dot_engine__pb2.IdleRequest.SerializeToString,
                 response_deserializer=joinwise_dot_proto_dot_engine__pb2.IdleResponse.FromString,
                 _registered_method=True)
+        self.KvLinks = channel.unary_unary(
+                '/joinwise.v1.EngineService/KvLinks',
+                request_serializer=joinwise_dot_proto_dot_engine__pb2.KvLinksRequest.SerializeToString,
+                response_deserializer=joinwise_dot_proto_dot_engine__pb2.KvLinksResponse.FromString,
+                _registered_method=True)
 
 
 class EngineServiceServicer:
@@ -79,6 +84,13 @@ class EngineServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def KvLinks(self, request, context):
+        """KvLinks tells how this worker's KV links to its senders stood within the last heartbeat.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_EngineServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -96,6 +108,11 @@ def add_EngineServiceServicer_to_server(servicer, server):
                     servicer.Idle,
                     request_deserializer=joinwise_dot_proto_dot_engine__pb2.IdleRequest.FromString,
                     response_serializer=joinwise_dot_proto_dot_engine__pb2.IdleResponse.SerializeToString,
+            ),
+            'KvLinks': grpc.unary_unary_rpc_method_handler(
+                    servicer.KvLinks,
+                    request_deserializer=joinwise_dot_proto_dot_engine__pb2.KvLinksRequest.FromString,
+                    response_serializer=joinwise_dot_proto_dot_engine__pb2.KvLinksResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -180,6 +197,33 @@ class EngineService:
             '/joinwise.v1.EngineService/Idle',
             joinwise_dot_proto_dot_engine__pb2.IdleRequest.SerializeToString,
             joinwise_dot_proto_dot_engine__pb2.IdleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def KvLinks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/joinwise.v1.EngineService/KvLinks',
+            joinwise_dot_proto_dot_engine__pb2.KvLinksRequest.SerializeToString,
+            joinwise_dot_proto_dot_engine__pb2.KvLinksResponse.FromString,
             options,
             channel_credentials,
             insecure,

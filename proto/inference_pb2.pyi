@@ -256,14 +256,51 @@ class ClusterStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ClusterStatusResponse(_message.Message):
-    __slots__ = ("cluster", "workers", "leases")
+    __slots__ = ("cluster", "workers", "leases", "kv_links")
     CLUSTER_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     LEASES_FIELD_NUMBER: _ClassVar[int]
+    KV_LINKS_FIELD_NUMBER: _ClassVar[int]
     cluster: str
     workers: _containers.RepeatedCompositeFieldContainer[Worker]
     leases: int
-    def __init__(self, cluster: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[Worker, _Mapping]]] = ..., leases: _Optional[int] = ...) -> None: ...
+    kv_links: _containers.RepeatedCompositeFieldContainer[KvLink]
+    def __init__(self, cluster: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[Worker, _Mapping]]] = ..., leases: _Optional[int] = ..., kv_links: _Optional[_Iterable[_Union[KvLink, _Mapping]]] = ...) -> None: ...
+
+class KvLink(_message.Message):
+    __slots__ = ("sender", "receiver", "transport", "why", "codec", "codec_why", "bytes_per_s", "bytes", "streams", "failed", "retries", "refused")
+    class RefusedEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    SENDER_FIELD_NUMBER: _ClassVar[int]
+    RECEIVER_FIELD_NUMBER: _ClassVar[int]
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    CODEC_WHY_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    STREAMS_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    RETRIES_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    sender: str
+    receiver: str
+    transport: str
+    why: str
+    codec: str
+    codec_why: str
+    bytes_per_s: float
+    bytes: int
+    streams: int
+    failed: int
+    retries: int
+    refused: _containers.ScalarMap[str, int]
+    def __init__(self, sender: _Optional[str] = ..., receiver: _Optional[str] = ..., transport: _Optional[str] = ..., why: _Optional[str] = ..., codec: _Optional[str] = ..., codec_why: _Optional[str] = ..., bytes_per_s: _Optional[float] = ..., bytes: _Optional[int] = ..., streams: _Optional[int] = ..., failed: _Optional[int] = ..., retries: _Optional[int] = ..., refused: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class Worker(_message.Message):
     __slots__ = ("worker_id", "pool", "role", "model", "epoch", "running", "waiting", "pending_tokens", "kv_blocks_free", "kv_blocks_total", "address", "decode_step_ms")

@@ -33,6 +33,7 @@ from joinwise.actors.gateway.guard import Guard
 from joinwise.actors.gateway.http_limits import limited_protocol
 from joinwise.actors.gateway.identity import Authenticator
 from joinwise.actors.gateway.inference import InferenceService
+from joinwise.actors.gateway.kv_links import kv_links
 from joinwise.actors.gateway.ledgers import Ledgers
 from joinwise.actors.gateway.links import Links
 from joinwise.actors.gateway.tickets import TicketOffice, on_terms
@@ -360,6 +361,7 @@ class Gateway:
             cluster=self._config.cluster,
             workers=tuple(WorkerStatus(**worker) for worker in snapshot["workers"]),
             leases=snapshot["leases"],
+            kv_links=await kv_links(await self._registry.list(), self._links) if self._links is not None else (),
         )
 
 

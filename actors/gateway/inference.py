@@ -146,7 +146,10 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             failure = as_joinwise_error(e)
             await context.abort(status_of(failure), details_of(failure), trailer_of(failure))
         workers = [pb.Worker(**asdict(w)) for w in snapshot.workers]
-        return pb.ClusterStatusResponse(cluster=snapshot.cluster, workers=workers, leases=snapshot.leases)
+        links = [pb.KvLink(**asdict(link)) for link in snapshot.kv_links]
+        return pb.ClusterStatusResponse(
+            cluster=snapshot.cluster, workers=workers, leases=snapshot.leases, kv_links=links
+        )
 
     async def _stream(
         self, call: _Call, request: pb.GenerateRequest, context: grpc.aio.ServicerContext

@@ -18,7 +18,7 @@ from joinwise.actors.kv.frames import FrameRefusedError
 from joinwise.actors.kv.lanes.lane import LaneClosedError, LaneRefusedError, ReceiveLane
 from joinwise.actors.kv.lanes.pool import LanePool
 from joinwise.actors.kv.layout import PeerPlan
-from joinwise.actors.kv.links import Link, Preference, preference, settle
+from joinwise.actors.kv.links import Link, LinkStatus, LinkTable, Preference, preference, settle
 from joinwise.actors.kv.receiving import CODECS, Fetch, FetchReport, FetchSpec, Importer, LandingBudget
 from joinwise.actors.kv.server import CHANNEL_OPTIONS, FETCH, LAYOUT, LONGEST_FETCH_S, STALE_INSTANCE
 from joinwise.actors.kv.stalls import Stalls
@@ -35,9 +35,10 @@ _LAST_WORD_S = 1.0
 class _StaleError(Exception):
     """What was agreed with a sender holds no more; nothing of the transfer has begun."""
 
-    def __init__(self, reason: Exception) -> None:
+    def __init__(self, reason: Exception, link: Link) -> None:
         super().__init__(str(reason))
         self.reason = reason
+        self.link = link
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class KvClient:
         self._ending: set[grpc.Call] = set()
         self._stalls = Stalls()
         self._lock = threading.Lock()
-        self.links: dict[str, Link] = {}
+        self.links = LinkTable()
 
     def set_ranks(self, rank: int, layouts: Sequence[kv_pb2.KvLayout]) -> None:
         """Tell a rank of several of its place, and of the others' layouts."""
@@ -121,14 +122,26 @@ class KvClient:
             LayoutMismatchError: the sender's KV cannot be used here.
             ConnectionError: no transport works.
         """
-        try:
-            return self._attempt(fetch)
-        except _StaleError:
-            pass  # it has restarted since we agreed, and knows nothing of before
-        try:
-            return self._attempt(fetch)
-        except _StaleError as error:
-            raise error.reason from error
+        with self.links.using(fetch.spec.peers):
+            try:
+                return self._attempt(fetch)
+            except _StaleError as error:
+                error.link.retries += 1  # it has restarted since we agreed, and knows nothing of before
+            try:
+                return self._attempt(fetch)
+            except _StaleError as error:
+                raise error.reason from error
+
+    def link_status(self) -> list[LinkStatus]:
+        """All links, once those that are gone have been forgotten, with all that was kept for their peers."""
+        gone = self.links.take_gone(time.monotonic())
+        for peer in gone:
+            self._forget(peer)
+        with self._lock:
+            channels = [self._channels.pop(key) for key in list(self._channels) if key[0] in gone]
+        for channel in channels:
+            channel.close()
+        return [link.status() for link in self.links.values()]
 
     def close(self) -> None:
         """Close all channels and lanes."""
@@ -194,8 +207,9 @@ class KvClient:
             layers=[theirs for theirs, _ in plan.layers],
             streams=plan.streams,
         )
-        peer = spec.peers[plan.peer]
-        return _Stream(self.links[peer], importer, request, agreement.lane_addresses[plan.peer])
+        link = self.links.of(spec.peers[plan.peer])
+        link.codec = CODECS.get(plan.encoding, "none")
+        return _Stream(link, importer, request, agreement.lane_addresses[plan.peer])
 
     def _agree(self, peers: tuple[str, ...], timeout: float) -> _Agreement:
         if (agreement := self._agreed.get(peers)) is not None:
@@ -204,7 +218,7 @@ class KvClient:
         answers = [self._ask_layout(peer, timeout) for peer in peers]
         plan = layout.plan(ours, rank, [answer.layout for answer in answers])
         for peer, answer in zip(peers, answers, strict=True):
-            self.links[peer] = self._link(peer, answer)
+            self._settle(self.links.of(peer), answer)
         agreement = _Agreement(
             tuple(self._coded(part) for part in plan.parts),
             plan.unneeded,
@@ -226,10 +240,13 @@ class KvClient:
         channel = self._channel(peer)
         ask = channel.unary_unary(LAYOUT, kv_pb2.LayoutRequest.SerializeToString, kv_pb2.LayoutResponse.FromString)
         request = kv_pb2.LayoutRequest(layout=self._blocks.layout)
+        link = self.links.of(peer)
+        link.reachable = False
         answer: kv_pb2.LayoutResponse = ask(request, timeout=min(timeout, _LAYOUT_TIMEOUT_S), metadata=self._metadata)
+        link.reachable = True
         return answer
 
-    def _link(self, peer: str, answer: kv_pb2.LayoutResponse) -> Link:
+    def _settle(self, link: Link, answer: kv_pb2.LayoutResponse) -> None:
         def attempt(kind: str) -> None:
             if kind == "grpc" or self._lanes is None:
                 return
@@ -237,44 +254,47 @@ class KvClient:
                 raise LaneRefusedError("size", f"the sender's payloads have up to {answer.largest_payload} bytes")
             self._lanes.give_back(self._lanes.lease(answer.lane_address, kind), clean=True)
 
-        with self._lock:  # two first fetches at once count on one link
-            link = self.links.setdefault(peer, Link(peer))
         link.transport, link.why = settle(self._preference, tuple(answer.lane_kinds), attempt)
-        return link
 
     def _forget(self, peer: str) -> None:
-        for peers in [peers for peers in self._agreed if peer in peers]:
+        for peers in [peers for peers in list(self._agreed) if peer in peers]:
             self._agreed.pop(peers, None)
 
     # One stream.
 
     def _run(self, stream: _Stream, fetch: Fetch) -> None:
-        begin = time.monotonic()
+        begin, transport, refused = time.monotonic(), stream.link.transport, ""
         try:
-            with self._lane(stream) as lane:
+            with self._lane(stream, transport) as lane:
                 self._fetch(stream, fetch, lane)
+        except FrameRefusedError as error:
+            refused = error.reason
+            raise
         except grpc.RpcError as error:
             if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.FAILED_PRECONDITION):
                 self._forget(stream.link.peer)  # a restarted peer must show its layout again
             if error.details() == STALE_INSTANCE:
-                raise _StaleError(error) from error
+                raise _StaleError(error, stream.link) from error
+            stream.link.reachable = error.code() is not grpc.StatusCode.UNAVAILABLE
             raise
         finally:
-            report = stream.report
-            report.transport = stream.link.transport
-            report.import_seconds = stream.importer.copying_s
-            stream.link.add(
-                bytes=report.bytes,
-                streams=1,
-                failed=not stream.importer.complete,
-                seconds=time.monotonic() - begin,
-                wire_seconds=report.wire_seconds,
-                exposed_seconds=stream.importer.exposed_us / 1e6,
-            )
+            report, importer = stream.report, stream.importer
+            report.transport = transport
+            report.import_seconds = importer.copying_s
+            counts = {
+                "bytes": report.bytes,
+                "streams": 1,
+                "failed": not importer.complete,
+                "seconds": time.monotonic() - begin,
+                "wire_seconds": report.wire_seconds,
+                "exposed_seconds": importer.exposed_us / 1e6,
+            }
+            if refused and refused != "fenced":  # that one is no fault of the frame
+                counts[f"refused_{refused}"] = 1
+            stream.link.add(transport, CODECS.get(importer.plan.encoding, "none"), **counts)
 
     @contextmanager
-    def _lane(self, stream: _Stream) -> Iterator[ReceiveLane | None]:
-        kind = stream.link.transport
+    def _lane(self, stream: _Stream, kind: str) -> Iterator[ReceiveLane | None]:
         if kind == "grpc" or self._lanes is None:
             yield None
             return
@@ -282,7 +302,7 @@ class KvClient:
             lane = self._lanes.lease(stream.lane_address, kind)
         except OSError as error:
             self._forget(stream.link.peer)
-            raise _StaleError(error) from error
+            raise _StaleError(error, stream.link) from error
         try:
             stream.request.lane_id = lane.lane_id
             with stream.importer.interrupted_by(lane.interrupt):

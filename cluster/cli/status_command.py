@@ -1,4 +1,4 @@
-"""`joinwise status`: which workers serve, and how loaded they are."""
+"""`joinwise status`: which workers serve, how loaded they are, and how KV crosses between them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from joinwise.cluster.cli.options import Ca, Json, Target, Timeout, Tls, Token, 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-    from joinwise.cluster.client import Client, ClusterStatus, Model, WorkerStatus
+    from joinwise.cluster.client import Client, ClusterStatus, KvLinkStatus, Model, WorkerStatus
 
 
 def status(
@@ -87,8 +87,30 @@ def render_status(snapshot: ClusterStatus, models: tuple[Model, ...]) -> Rendera
         table.add_row(*_row(worker))
     names = ", ".join(f"{m.name} ({m.max_model_len} tokens)" if not m.parent else m.name for m in models)
     head = Text.assemble(("cluster ", "dim"), (snapshot.cluster, "bold"), (f"   leases {snapshot.leases}", "dim"))
-    body = table if snapshot.workers else Text("no live worker", style="red")
-    return Group(head, Text(f"models  {names or 'none'}", style="dim"), Text(), body)
+    body: list[RenderableType] = [table if snapshot.workers else Text("no live worker", style="red")]
+    if snapshot.kv_links:
+        body += [Text(), _links(snapshot.kv_links)]
+    return Group(head, Text(f"models  {names or 'none'}", style="dim"), Text(), *body)
+
+
+def _links(links: tuple[KvLinkStatus, ...]) -> RenderableType:
+    """How KV gets from one worker to another, and why so."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("KV link", "transport", "codec"):
+        table.add_column(name, overflow="fold")
+    for name in ("MB/s", "MB", "transfers", "failed", "retries", "refused"):
+        table.add_column(name, justify="right")
+    table.add_column("why", style="dim", overflow="fold")
+    for link in links:
+        refused = ", ".join(f"{count} {reason}" for reason, count in sorted(link.refused.items()))
+        speed = f"{link.bytes_per_s / 1e6:.0f}" if link.bytes_per_s else "-"
+        counts = (str(link.streams), str(link.failed), str(link.retries), refused or "0")
+        why = "; ".join(text for text in (link.why, link.codec_why) if text)
+        pair = f"{link.sender} → {link.receiver}"
+        table.add_row(pair, link.transport, link.codec, speed, f"{link.bytes / 1e6:.1f}", *counts, why)
+    return table
 
 
 def _row(w: WorkerStatus) -> tuple[str, ...]:

@@ -170,9 +170,28 @@ class WorkerStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class KvLinkStatus:
+    """How one worker gets KV from a rank of another; counts since they first met."""
+
+    sender: str  # worker id; its KV address where no live worker has that
+    receiver: str
+    transport: str  # in use now
+    why: str = ""  # that transport
+    codec: str = "none"  # of the last transfer
+    codec_why: str = ""
+    bytes_per_s: float = 0.0  # measured speed of the wire; 0 before there is one
+    bytes: int = 0  # payload received
+    streams: int = 0
+    failed: int = 0  # streams that ended without all of their KV
+    retries: int = 0
+    refused: Mapping[str, int] = field(default_factory=dict)  # frames by reason
+
+
+@dataclass(frozen=True, slots=True)
 class ClusterStatus:
     """A snapshot of the cluster. Gateways answer `ClusterStatus` with one of these, the SDK returns it."""
 
     cluster: str
     workers: tuple[WorkerStatus, ...] = ()
     leases: int = 0  # requests with a lease now
+    kv_links: tuple[KvLinkStatus, ...] = ()

@@ -18,6 +18,7 @@ from joinwise.cluster.client.types import (
     Finished,
     GenerateOptions,
     Generation,
+    KvLinkStatus,
     Message,
     Model,
     Started,
@@ -169,7 +170,11 @@ def read_status(response: pb.ClusterStatusResponse) -> ClusterStatus:
     """The snapshot in a status answer."""
     names = tuple(WorkerStatus.__dataclass_fields__)
     workers = tuple(WorkerStatus(**{n: getattr(w, n) for n in names}) for w in response.workers)
-    return ClusterStatus(response.cluster, workers, response.leases)
+    names = tuple(name for name in KvLinkStatus.__dataclass_fields__ if name != "refused")
+    links = tuple(
+        KvLinkStatus(**{n: getattr(link, n) for n in names}, refused=dict(link.refused)) for link in response.kv_links
+    )
+    return ClusterStatus(response.cluster, workers, response.leases, links)
 
 
 class Collector:

@@ -50,7 +50,10 @@ class Gateway(inference_pb2_grpc.InferenceServiceServicer):
     async def ClusterStatus(self, request, context):
         worker = pb.Worker(worker_id="w0", pool="decode", role="decode", model="smol", running=3)
         worker.kv_blocks_total, worker.kv_blocks_free = 100, 75
-        return pb.ClusterStatusResponse(cluster="demo", workers=[worker], leases=4)
+        link = pb.KvLink(sender="p0", receiver="w0", transport="tcp", why="auto; shm: another host", codec="none")
+        link.bytes_per_s, link.bytes, link.streams, link.failed = 1.5e9, 34_600_000, 7, 1
+        link.refused["checksum"] = 2
+        return pb.ClusterStatusResponse(cluster="demo", workers=[worker], leases=4, kv_links=[link])
 
 
 @pytest.fixture(scope="module")
@@ -181,8 +184,11 @@ def test_status(run, gateway):
     assert result.exit_code == 0
     for part in ("demo", "w0", "decode", "25% of 100", "smol (2048 tokens)", "leases 4"):
         assert part in result.stdout
+    for part in ("p0 → w0", "tcp", "1500", "34.6", "2 checksum", "auto; shm: another host"):
+        assert part in result.stdout
     data = json.loads(run("status", "--json", "--target", gateway.target).stdout)
     assert data["workers"][0]["running"] == 3
+    assert data["kv_links"][0]["refused"] == {"checksum": 2}
     assert data["models"][0]["name"] == "smol"
 
 

@@ -15,6 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransfe
 from joinwise.actors.kv.blocks import KvBlocks
 from joinwise.actors.kv.frames import FrameRefusedError
 from joinwise.actors.kv.layout import plan
+from joinwise.actors.kv.links import LinkStatus
 from joinwise.actors.kv.receiving import Fetch, FetchReport, FetchSpec, Importer, LandingBudget
 from joinwise.actors.vllm.connector.metadata import OpenSend, SendStep, StepMetadata
 from joinwise.actors.vllm.connector.worker import KvSettings, WorkerConnector
@@ -97,7 +98,6 @@ class ScriptedClient:
     def __init__(self) -> None:
         self.gates: dict[str, threading.Event] = {}
         self.endings: dict[str, Callable[[Fetch], None]] = {}
-        self.links: dict = {}
         self.cancelled: set[str] = set()
         self.started: set[str] = set()
 
@@ -118,6 +118,9 @@ class ScriptedClient:
     def end(self, name: str, ending: Callable[[Fetch], None]) -> None:
         self.endings[name] = ending
         self.gates.setdefault(name, threading.Event()).set()
+
+    def link_status(self) -> list[LinkStatus]:
+        return []
 
     def close(self) -> None:
         pass

@@ -14,6 +14,7 @@ import vllm
 
 from joinwise.actors.engine_service import PROTOCOL_VERSION, EngineService, WorkerIdentity
 from joinwise.actors.gateway.links import Links
+from joinwise.actors.kv.metrics import KvMetrics
 from joinwise.cluster.errors import WorkerLostError
 from joinwise.cluster.router.router import WorkerRef
 from joinwise.proto import engine_pb2, engine_pb2_grpc
@@ -50,7 +51,7 @@ class Worker:
 
 @contextlib.asynccontextmanager
 async def worker(worker_id: str = "w0", epoch: int = 3, cluster: str = CLUSTER) -> AsyncIterator[Worker]:
-    service, loop = EngineService(WorkerIdentity(cluster, worker_id, epoch)), FakeLoop()
+    service, loop = EngineService(WorkerIdentity(cluster, worker_id, epoch), KvMetrics()), FakeLoop()
     service.bind(loop)  # type: ignore[arg-type]
     server = grpc.aio.server()
     engine_pb2_grpc.add_EngineServiceServicer_to_server(service, server)

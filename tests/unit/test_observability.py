@@ -20,6 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from joinwise.actors.gateway.federate import Federation
 from joinwise.actors.gateway.ledgers import LedgerBuilder, Ledgers
 from joinwise.actors.gateway.tracing import Traces, headers_of, trace_headers
+from joinwise.actors.kv.metrics import KvMetrics
 from joinwise.actors.ops import OpsServer
 from joinwise.actors.tls import Certificates
 from joinwise.cluster.config import TracingConfig
@@ -185,6 +186,7 @@ def known_metrics() -> set[str]:
 
     registry = CollectorRegistry()
     Ledgers(registry)
+    registry.register(KvMetrics())
     names = set(re.findall(r'"(vllm:[a-z_]+)"', Path(loggers.__file__).read_text(encoding="utf-8")))
     names |= {family.name for source in (registry, REGISTRY) for family in source.collect()}
     suffixes = ("", "_total", "_bucket", "_sum", "_count")

@@ -12,6 +12,8 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.v1.executor import Executor
 
 from joinwise.actors.kv.layout import signature
+from joinwise.actors.kv.links import merged
+from joinwise.actors.kv.metrics import KvFigures
 from joinwise.actors.vllm.connector.worker import KvPort, KvSettings, KvStatus, WorkerConnector
 from joinwise.actors.vllm.layout import describe
 from joinwise.proto import kv_pb2
@@ -45,9 +47,15 @@ def status(executor: Executor) -> KvStatus:
         first.entries += other.entries
         first.streams += other.streams
         first.landing_bytes += other.landing_bytes
+        first.landing_limit += other.landing_limit
         first.counters += Counter(other.counters)
-        first.links.update(other.links)
+        first.links = merged(first.links, other.links)
     return first
+
+
+def figures(status: KvStatus) -> KvFigures:
+    """The part of it that is shown to operators."""
+    return KvFigures(status.links, status.streams, status.landing_bytes, status.landing_limit, status.counters)
 
 
 def _connector() -> WorkerConnector:

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import grpc
 import torch
@@ -25,6 +24,7 @@ from joinwise.actors.kv.lanes.lane import LaneOptions
 from joinwise.actors.kv.lanes.pool import LanePool
 from joinwise.actors.kv.lanes.server import LaneServer
 from joinwise.actors.kv.layout import LayerGeometry, LayoutMismatchError
+from joinwise.actors.kv.links import LinkStatus
 from joinwise.actors.kv.receiving import Fetch, FetchReport, FetchSpec, LandingBudget
 from joinwise.actors.kv.sending import SendTable, SendTransfer
 from joinwise.actors.kv.server import KvServer
@@ -75,9 +75,9 @@ class KvStatus:
     entries: list[str]
     streams: int
     landing_bytes: int
+    landing_limit: int
     counters: Counter[str]
-    links: dict[str, dict[str, Any]]
-    """By the sender's address: transport, why, bytes_per_s and counts."""
+    links: list[LinkStatus]
 
 
 @dataclass
@@ -206,16 +206,13 @@ class WorkerConnector:
 
     def status(self) -> KvStatus:
         """What is held and has been done; from any thread."""
-        links = dict(self._client.links) if self._client is not None else {}
         return KvStatus(
             entries=[*self._table.held(), *(f"fetch of {name}" for name in list(self._receives))],
             streams=(self.server.open_streams if self.server else 0) + self._fetching,
             landing_bytes=self._budget.used,
+            landing_limit=self._settings.landing_bytes,
             counters=Counter(self.counters),
-            links={
-                peer: {"transport": link.transport, "why": link.why, "bytes_per_s": link.bytes_per_s, **link.counts}
-                for peer, link in links.items()
-            },
+            links=self._client.link_status() if self._client is not None else [],
         )
 
     # One engine step, in vLLM's order.
