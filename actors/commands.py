@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,10 +19,11 @@ from rich.console import Console
 from rich.text import Text
 
 from joinwise.actors import runfile
+from joinwise.actors.launcher import Launcher
 from joinwise.cluster import env
 from joinwise.cluster.cli.options import ConfigFile, config_path
 from joinwise.cluster.config import JoinwiseConfig, load_config
-from joinwise.cluster.errors import ConfigError, InternalError, JoinwiseError
+from joinwise.cluster.errors import ConfigError, JoinwiseError
 
 console = Console(stderr=True, highlight=False)
 
@@ -147,51 +147,19 @@ def _output_in_log(config: JoinwiseConfig) -> Iterator[Console]:
 
 
 def _start_detached(config: JoinwiseConfig, file: Path | None, **environment: str) -> dict[str, Any]:
-    """Start the launcher in a session of its own, show its progress, and wait until it is ready.
+    """Start the launcher, show its progress, and wait until it is ready.
 
     Raises:
-        ConfigError: the launcher has failed; its last line says why. Interrupted, it is stopped first.
+        JoinwiseError: the launcher has failed; its last line says why. Interrupted, it is stopped first.
     """
-    log = _log_file(config)
-    command = [sys.executable, "-m", "joinwise.actors.launch", *(["-f", str(file.resolve())] if file else [])]
-    with log.open("w") as output:
-        launcher = subprocess.Popen(
-            command,
-            env=environment | os.environ,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    console.print(Text(f"log: {log}", style="dim"))
+    launcher = Launcher(config.cluster, file, _log_file(config), environment)
+    console.print(Text(f"log: {launcher.log}", style="dim"))
     try:
-        with console.status("starting"), log.open() as lines:
-            while True:
-                for line in lines:
-                    if line.startswith("["):
-                        console.print(Text(line.rstrip(), style="dim"))
-                facts = runfile.running(config.cluster)
-                if facts.get("ready"):
-                    return facts
-                if launcher.poll() is not None:
-                    raise _last_words(log, launcher.returncode)
-                time.sleep(_POLL_S)
+        with console.status("starting"):
+            return launcher.wait_ready(say=lambda line: console.print(Text(line, style="dim")))
     except BaseException:
-        if launcher.poll() is None:
-            launcher.send_signal(signal.SIGTERM)
-            launcher.wait()
+        launcher.stop()
         raise
-
-
-def _last_words(log: Path, status: int) -> JoinwiseError:
-    """Why a launcher ended: its own last line, if it left one."""
-    from joinwise.actors.launch import FAILED
-
-    lines = log.read_text(errors="replace").splitlines()
-    for index in range(len(lines) - 1, -1, -1):
-        if lines[index].startswith(FAILED):
-            return ConfigError("\n".join(lines[index:]).removeprefix(FAILED))
-    return InternalError(f"the launcher has ended with status {status}; see {log}")
 
 
 def _stop(cluster: str, timeout: float) -> bool:

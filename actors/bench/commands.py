@@ -42,24 +42,61 @@ def serve(
 @bench.command()
 def handoff(
     transport: Annotated[list[str] | None, typer.Option(help="kv.transport; shm, tcp and grpc by default")] = None,
+    codec: Annotated[list[str] | None, typer.Option(help="kv.codec of each transport; none by default")] = None,
+    link: Annotated[
+        list[str] | None, typer.Option(help="Over a link of this rate, such as 1gbit; tcp with each codec by default")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Element type of model and cache")] = "float32",
     repeats: Annotated[int, typer.Option(help="Prompts of each length", min=1)] = 5,
     json: Json = None,
 ) -> None:
-    """What a request waits for between prefill and decode, by prompt length and transport."""
-    from joinwise.actors.bench import report
-    from joinwise.actors.bench.handoff import run
+    """What a request waits for between prefill and decode: by prompt length, transport, codec and link."""
+    from joinwise.actors.bench import kv_nixl, report
+    from joinwise.actors.bench.handoff import Side, run
 
+    transports = transport or (["tcp"] if link else ["shm", "tcp", "grpc"])
+    codecs = codec or (["none", "lossless", "int8", "fp8"] if link else ["none"])
+    sides = [Side(each, how, rate) for rate in link or [""] for each in transports for how in codecs]
+    if said := kv_nixl.missing():
+        console.print(f"not measured: {said}")
     with console.status("starting") as status:
-        figures, rows = run(transport or ["shm", "tcp", "grpc"], dtype, repeats, status.update)
+        figures, rows = run(sides, dtype, repeats, not said, status.update)
     table = Table(*rows[0], title="joinwise bench handoff")
     for row in rows:
-        table.add_row(*(f"{value:g}" if isinstance(value, float) else str(value) for value in row.values()))
+        table.add_row(
+            *(
+                "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+                for value in row.values()
+            )
+        )
     Console().print(table)
     Console().print(figures)
     if json is not None:
-        sides = "two engines on one core each, gateway free; one cluster per transport, one after the other"
-        report.write(json, "handoff", figures, rows, report.machine(sides=sides, kv_block_size=32))
+        how = "two engines on one core each, gateway free; one cluster per side, one after the other"
+        report.write(json, "handoff", figures, rows, report.machine(sides=how, kv_block_size=32))
+
+
+@bench.command()
+def gateway(
+    requests: Annotated[int, typer.Option(help="Streams through each system, each round", min=8)] = 100,
+    at_once: Annotated[int, typer.Option(help="Of them", min=1)] = 4,
+    rounds: Annotated[int, typer.Option(help="Rounds for the medians", min=1)] = 5,
+    json: Json = None,
+) -> None:
+    """CPU and delay between a client and an engine that costs nothing: joinwise, vLLM's server, other routers."""
+    from joinwise.actors.bench import report
+    from joinwise.actors.bench.gateway import run
+
+    with console.status("starting") as status:
+        figures, rows, missing = run(requests, at_once, rounds, status.update)
+    for line in missing:
+        console.print(f"not measured: {line}")
+    for row in rows:
+        Console().print(row)
+    Console().print(figures)
+    if json is not None:
+        how = "one stub engine each (two behind other routers), 5 ms a step; every process free to run on every core"
+        report.write(json, "gateway", figures, rows, report.machine(sides=how, at_once=at_once, requests=requests))
 
 
 @bench.command()

@@ -1,66 +1,113 @@
 """`joinwise bench handoff`: what a request waits for between its prefill's end and its second token.
 
-One cluster per transport, the same prompts through each. *Exposed* is what the data plane alone
-costs: seconds from the last layer's computation to the transfer's last frame. The *gap* is what a
-client sees: first to second token, less a median decode step; it has the replayed step in it, which
-is also taken out.
+One cluster per side (a transport and a codec), the same prompts through each; NIXL's pair takes turns with the first,
+prompt by prompt. *Exposed* is what the data plane alone costs: seconds from the last layer's computation to the
+transfer's last frame. The *gap* is what a client sees: from the prefill's end to the second token, less the two steps
+that computed tokens there, the replayed step and a decode step.
 """
 
 import asyncio
+import os
 import random
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from joinwise.actors.bench.link import link
 from joinwise.actors.bench.local import local_cluster
-from joinwise.actors.bench.serve import MODEL, Answer, ask
+from joinwise.actors.bench.nixl_pair import ask_pair, nixl_pair
+from joinwise.actors.bench.serve import MODEL, Answer, ask, question
+from joinwise.actors.models import resolve_model
 from joinwise.cluster.config import JoinwiseConfig
 
 LENGTHS = (128, 512, 1500, 4000)
 _ENGINE = {"enforce_eager": True, "kv_cache_memory_bytes": 600_000_000, "block_size": 32, "max_num_seqs": 4}
 _MAX_MODEL_LEN = 4608
-_OUTPUT_TOKENS = 12
+_OUTPUT_TOKENS = 16
+
+Say = Callable[[str], None]
+Answers = dict[int, list[Answer]]
+
+
+@dataclass(frozen=True)
+class Side:
+    """A cluster to measure.
+
+    Attributes:
+        transport: value of `kv.transport`.
+        codec: value of `kv.codec`.
+        rate: of the link that everything goes over, as `tc` writes it; empty for the loopback as it is.
+    """
+
+    transport: str
+    codec: str = "none"
+    rate: str = ""
+
+    @property
+    def suffix(self) -> str:
+        """Of its figures."""
+        return "_".join(
+            ["", self.transport, *([self.codec] if self.codec != "none" else []), *filter(None, [self.rate])]
+        )
 
 
 def run(
-    transports: Sequence[str], dtype: str, repeats: int, say: Callable[[str], None]
+    sides: Sequence[Side], dtype: str, repeats: int, nixl: bool, say: Say
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Run the benchmark.
 
     Args:
-        transports: values of `kv.transport`; figures without a suffix are of the first.
+        sides: figures without a suffix are of the first.
         dtype: element type of model and cache.
         repeats: prompts of each length.
+        nixl: measure NIXL's pair too, in turn with the first side of each link.
         say: is told what happens.
     """
     figures: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
-    for transport in transports:
+    first: dict[str, Answers] = {}
+    for side in sides:
         with ExitStack() as stack, tempfile.TemporaryDirectory(prefix="joinwise-bench-") as folder:
-            say(f"{transport}: starting a cluster")
-            facts = stack.enter_context(local_cluster(_cluster(transport, dtype), Path(folder)))
-            answers = asyncio.run(_measure(facts["addresses"]["http"], repeats, f"{transport}: ", say))
-        mine = [_row(transport, length, found) for length, found in answers.items()]
-        suffix = "" if transport == transports[0] else f"_{transport}"
-        long = next(row for row in mine if row["prompt_tokens"] == 1500)
-        figures |= {
-            f"exposed_steps_1500{suffix}": long["exposed_ms"] / long["decode_step_ms"],
-            f"exposed_prefill_share_1500{suffix}": long["exposed_ms"] / long["prefill_ms"],
-            f"gap_ms_1500{suffix}": long["gap_ms"],
-        }
+            if side.rate:
+                stack.enter_context(link(side.rate))
+            say(f"{side.transport}: starting a cluster")
+            facts = stack.enter_context(local_cluster(_cluster(side, dtype), Path(folder)))
+            pair = None
+            if nixl and side.rate not in first:
+                say("starting NIXL's pair")
+                engine = {"dtype": dtype, "max_model_len": _MAX_MODEL_LEN, **_ENGINE}
+                model, cores = resolve_model(MODEL, progress=say), sorted(os.sched_getaffinity(0))
+                pair = stack.enter_context(nixl_pair(str(model.path), MODEL, cores, engine, Path(folder)))
+            ours, theirs = asyncio.run(_measure(facts["addresses"]["http"], pair, repeats, f"{side.transport}: ", say))
+        reference = first.setdefault(side.rate, ours)
+        mine = [_row(side, length, found, reference[length]) for length, found in ours.items()]
         rows += mine
+        mine_long, suffix = _of(mine, 1500), "" if side == sides[0] else side.suffix
+        figures |= {
+            f"exposed_steps_1500{suffix}": mine_long["exposed_ms"] / mine_long["decode_step_ms"],
+            f"exposed_prefill_share_1500{suffix}": mine_long["exposed_ms"] / mine_long["prefill_ms"],
+            f"gap_ms_1500{suffix}": mine_long["gap_ms"],
+        }
+        if theirs:
+            baseline = [_nixl_row(side, length, found, ours[length]) for length, found in theirs.items()]
+            rows += baseline
+            figures[f"nixl_exposed_ratio_1500{suffix}"] = mine_long["gap_ms"] / _of(baseline, 1500)["gap_ms"]
     return {name: round(value, 4) for name, value in figures.items()}, rows
 
 
-async def _measure(url: str, repeats: int, who: str, say: Callable[[str], None]) -> dict[int, list[Answer]]:
+async def _measure(url: str, pair: tuple[str, str] | None, repeats: int, who: str, say: Say) -> tuple[Answers, Answers]:
+    """Every prompt through the cluster and, in turn, through NIXL's pair. Returns the answers of both by length."""
     dice = random.Random(0)  # noqa: S311 - reproducible, not secret
-    answers: dict[int, list[Answer]] = {length: [] for length in LENGTHS}
+    ours: Answers = {length: [] for length in LENGTHS}
+    theirs: Answers = {length: [] for length in LENGTHS if pair}
     async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+        servers = [httpx.AsyncClient(base_url=server, timeout=600) for server in pair or ()]
         for repeat in range(-1, repeats):  # the first round warms up
             for length in LENGTHS:
                 prompt = [dice.randrange(1000, 40_000) for _ in range(length)]
@@ -68,41 +115,94 @@ async def _measure(url: str, repeats: int, who: str, say: Callable[[str], None])
                 ledger = answer.ledger or {}
                 if not ledger.get("transport") or ledger.get("recomputed"):
                     raise RuntimeError(f"a prompt of {length} tokens was not handed over: {ledger}")
-                if repeat >= 0:
-                    answers[length].append(answer)
+                ours[length] += [answer] * (repeat >= 0)
+                if servers:
+                    answer = await ask_pair(servers[0], servers[1], question(prompt, _OUTPUT_TOKENS))
+                    theirs[length] += [answer] * (repeat >= 0)
             say(f"{who}round {repeat + 1} of {repeats}")
-    return answers
+        for server in servers:
+            await server.aclose()
+    return ours, theirs
 
 
-def _row(transport: str, length: int, answers: list[Answer]) -> dict[str, Any]:
+def _row(side: Side, length: int, answers: list[Answer], reference: list[Answer]) -> dict[str, Any]:
     def median_ms(of: Callable[[Answer, dict[str, Any]], float]) -> float:
-        return round(1000 * statistics.median(of(answer, answer.ledger or {}) for answer in answers), 3)
+        return _ms(of(answer, answer.ledger or {}) for answer in answers)
 
-    row = {
-        "transport": transport,
-        "used": (answers[0].ledger or {})["transport"],
+    ledger = answers[0].ledger or {}
+    return {
+        "link": side.rate or "none",
+        "transport": side.transport,
+        "used": ledger["transport"],
+        "codec": side.codec,
         "prompt_tokens": length,
-        "kv_bytes": (answers[0].ledger or {})["wire_bytes"],
+        "kv_bytes": ledger["wire_bytes"],
         "prefill_ms": median_ms(lambda _, ledger: ledger["prefill_s"]),
-        "decode_step_ms": median_ms(lambda answer, _: statistics.median(answer.gaps[1:])),
+        "decode_step_ms": median_ms(lambda answer, _: _step(answer)),
         "exposed_ms": median_ms(lambda _, ledger: ledger["wire_seconds_exposed"]),
         "import_ms": median_ms(lambda _, ledger: ledger["import_s"]),
         "replayed_step_ms": median_ms(lambda _, ledger: ledger["replayed_step_s"]),
-        "gap_ms": median_ms(lambda answer, _: answer.gaps[0] - statistics.median(answer.gaps[1:])),
+        "gap_with_replay_ms": median_ms(lambda answer, _: answer.gaps[0] - _step(answer)),
+        "gap_ms": median_ms(lambda answer, ledger: answer.gaps[0] - _step(answer) - ledger["replayed_step_s"]),
+        **agreement(answers, reference),
     }
-    row["gap_without_replay_ms"] = round(row["gap_ms"] - row["replayed_step_ms"], 3)
-    return row
 
 
-def _cluster(transport: str, dtype: str) -> JoinwiseConfig:
+def _nixl_row(side: Side, length: int, answers: list[Answer], ours: list[Answer]) -> dict[str, Any]:
+    """NIXL's pair has computed two tokens when it gives its second one, as joinwise's decode worker has."""
+    empty = dict.fromkeys(_row(side, length, ours, ours))
+    return empty | {
+        "link": side.rate or "none",
+        "transport": "nixl",
+        "used": "ucx",
+        "codec": "none",
+        "prompt_tokens": length,
+        "decode_step_ms": _ms(map(_step, answers)),
+        "gap_with_replay_ms": _ms(answer.times[1] - _step(answer) for answer in answers),
+        "gap_ms": _ms(answer.times[1] - 2 * _step(answer) for answer in answers),
+        **agreement(answers, ours),
+    }
+
+
+def agreement(answers: Sequence[Answer], reference: Sequence[Answer]) -> dict[str, Any]:
+    """How far answers are those of a reference, token by token.
+
+    Returns:
+        `first_divergence`: the first position, over all answers, where they differ; None where none does.
+        `same_tokens`: share of the tokens that are equal.
+    """
+    pairs = [(a.token_ids, b.token_ids) for a, b in zip(answers, reference, strict=True)]
+    differing = [next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None) for a, b in pairs]
+    total = sum(len(b) for _, b in pairs)
+    same = sum(x == y for a, b in pairs for x, y in zip(a, b, strict=True))
+    return {
+        "first_divergence": min((at for at in differing if at is not None), default=None),
+        "same_tokens": round(same / total, 4),
+    }
+
+
+def _of(rows: list[dict[str, Any]], length: int) -> dict[str, Any]:
+    return next(row for row in rows if row["prompt_tokens"] == length)
+
+
+def _step(answer: Answer) -> float:
+    """Seconds of a decode step, once the hand-over is behind."""
+    return statistics.median(answer.gaps[1:])
+
+
+def _ms(seconds: Any) -> float:
+    return round(1000 * statistics.median(seconds), 3)
+
+
+def _cluster(side: Side, dtype: str) -> JoinwiseConfig:
     return JoinwiseConfig.model_validate(
         {
-            "cluster": f"bench-handoff-{transport}",
+            "cluster": f"bench-handoff-{side.transport}",
             "models": [{"name": MODEL, "model": MODEL, "dtype": dtype, "max_model_len": _MAX_MODEL_LEN}],
             "pools": [
                 {"name": role, "model": MODEL, "role": role, "engine": dict(_ENGINE)} for role in ("prefill", "decode")
             ],
-            "kv": {"transport": transport},
+            "kv": {"transport": side.transport, "codec": side.codec},
             "gateway": {"http_port": 0, "grpc_port": 0, "drain_s": 2},
             "router": {"split": "always", "moves": False},
         }

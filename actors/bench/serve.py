@@ -56,9 +56,9 @@ def prompts(count: int, seed: int = 0) -> list[list[int]]:
     return [[rng.randrange(1000, 40_000) for _ in range(length)] for length in lengths[:count]]
 
 
-async def ask(client: httpx.AsyncClient, prompt: list[int], max_tokens: int) -> Answer:
-    """Stream one greedy completion."""
-    body = {
+def question(prompt: list[int], max_tokens: int) -> dict[str, Any]:
+    """The body of a greedy completion, streamed with its token ids."""
+    return {
         "model": MODEL,
         "prompt": prompt,
         "max_tokens": max_tokens,
@@ -67,9 +67,32 @@ async def ask(client: httpx.AsyncClient, prompt: list[int], max_tokens: int) -> 
         "stream": True,
         "return_token_ids": True,
     }
+
+
+async def ask(client: httpx.AsyncClient, prompt: list[int], max_tokens: int) -> Answer:
+    """Stream one greedy completion. Errors as for `stream_into`."""
     answer = Answer()
-    begin = time.perf_counter()
-    async with client.stream("POST", "/v1/completions", json=body, headers={"x-joinwise-ledger": "1"}) as response:
+    headers = {"x-joinwise-ledger": "1"}
+    await stream_into(answer, client, question(prompt, max_tokens), headers, time.perf_counter())
+    return answer
+
+
+async def stream_into(
+    answer: Answer, client: httpx.AsyncClient, body: dict[str, Any], headers: dict[str, str], begin: float
+) -> None:
+    """Add a streamed completion to an answer.
+
+    Args:
+        answer: is added to.
+        client: of the server.
+        body: what is asked.
+        headers: of the request.
+        begin: `time.perf_counter()` from which the answer's times count.
+
+    Raises:
+        RuntimeError: the server refuses.
+    """
+    async with client.stream("POST", "/v1/completions", json=body, headers=headers) as response:
         if response.status_code != 200:
             raise RuntimeError(f"{response.status_code}: {(await response.aread()).decode()}")
         async for line in response.aiter_lines():
@@ -80,7 +103,6 @@ async def ask(client: httpx.AsyncClient, prompt: list[int], max_tokens: int) -> 
                     new = choice.get("token_ids") or []
                     answer.token_ids += new
                     answer.times += [time.perf_counter() - begin] * len(new)
-    return answer
 
 
 async def compare(

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,44 +68,14 @@ def mixed_config(name: str) -> dict[str, Any]:
 def running_cluster(config: dict[str, Any], folder: Path, timeout_s: float = 300.0) -> Iterator[RunningCluster]:
     """Start a cluster and stop it afterwards; afterwards no process of it is left."""
     from joinwise.actors import runfile
+    from joinwise.actors.launcher import launched
 
     name = config["cluster"]
     file, log = folder / f"{name}.yaml", folder / f"{name}.log"
     file.write_text(yaml.safe_dump(config))
-    with log.open("w") as output:
-        launcher = subprocess.Popen(
-            [sys.executable, "-m", "joinwise.actors.launch", "-f", str(file)],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    try:
-        facts = _wait_ready(name, launcher, log, timeout_s)
+    with launched(name, file, log, timeout_s) as (launcher, facts):
         addresses = facts["addresses"]
         yield RunningCluster(
             name, config, file, addresses["http"], addresses["grpc"], facts["redis_url"], log, launcher.pid
         )
-    finally:
-        if launcher.poll() is None:
-            launcher.send_signal(signal.SIGTERM)
-            try:
-                launcher.wait(60)
-            except subprocess.TimeoutExpired:
-                os.killpg(launcher.pid, signal.SIGKILL)
-                launcher.wait()
-                raise
     assert not runfile.running(name)
-
-
-def _wait_ready(name: str, launcher: subprocess.Popen[bytes], log: Path, timeout_s: float) -> dict[str, Any]:
-    from joinwise.actors import runfile
-
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        facts = runfile.running(name)
-        if facts.get("ready"):
-            return facts
-        assert launcher.poll() is None, f"the launcher ended:\n{log.read_text()[-4000:]}"
-        time.sleep(0.1)
-    raise AssertionError(f"the cluster was not ready after {timeout_s} s:\n{log.read_text()[-4000:]}")

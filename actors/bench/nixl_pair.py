@@ -1,0 +1,73 @@
+"""The named baseline of hand-offs: two plain vLLM servers, joined by vLLM's own NixlConnector.
+
+The client does what vLLM's proxies do: it has the prompt prefilled, and asks the other server for the answer with the
+block ids that the first one gave.
+"""
+
+import json
+import socket
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from joinwise.actors.bench.plain import plain_vllm
+from joinwise.actors.bench.serve import Answer, stream_into
+
+_TRANSFER = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu"}
+_ASK = {"do_remote_decode": True, "do_remote_prefill": False}
+
+
+@contextmanager
+def nixl_pair(
+    model_path: str, name: str, cores: Sequence[int], engine: dict[str, Any], folder: Path
+) -> Iterator[tuple[str, str]]:
+    """Run both servers; yields the URL of the one that prefills and of the one that decodes.
+
+    Args:
+        model_path: local folder.
+        name: the name clients ask for.
+        cores: one core for each engine.
+        engine: engine arguments by name, as in joinwise.yaml.
+        folder: for their logs.
+    """
+    engine = engine | {"kv_transfer_config": json.dumps(_TRANSFER)}
+    with (
+        _server("prefill", model_path, name, cores[0], engine, folder) as prefill,
+        _server("decode", model_path, name, cores[1], engine, folder) as decode,
+    ):
+        yield prefill, decode
+
+
+async def ask_pair(prefill: httpx.AsyncClient, decode: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
+    """Stream one completion; its times count from the end of the prefill, as a client sees it.
+
+    Raises:
+        RuntimeError: one of the servers refuses, or nothing was handed over.
+    """
+    headers = {"x-request-id": uuid.uuid4().hex}
+    first = body | {"stream": False, "max_tokens": 1, "kv_transfer_params": _ASK}
+    response = await prefill.post("/v1/completions", json=first, headers=headers)
+    if response.status_code != 200:
+        raise RuntimeError(f"NIXL's prefill: {response.status_code}: {response.text}")
+    begin = time.perf_counter()
+    handed = response.json().get("kv_transfer_params")
+    if not handed:
+        raise RuntimeError("NIXL's prefill handed nothing over")
+    answer = Answer()
+    await stream_into(answer, decode, body | {"kv_transfer_params": handed}, headers, begin)
+    return answer
+
+
+@contextmanager
+def _server(role: str, model_path: str, name: str, core: int, engine: dict[str, Any], folder: Path) -> Iterator[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    side_channel = {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(port)}
+    with plain_vllm(model_path, name, [core], engine, folder / f"nixl-{role}.log", side_channel) as url:
+        yield url

@@ -1,0 +1,64 @@
+"""`joinwise bench handoff` without engines: what it makes of answers, and the links it measures over."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+
+import pytest
+
+from joinwise.actors.bench.handoff import Side, agreement
+from joinwise.actors.bench.link import link, refused
+from joinwise.actors.bench.serve import Answer
+from joinwise.cluster.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("tokens", "first", "same"),
+    [([[1, 2, 3, 4]], None, 1.0), ([[1, 2, 9, 4]], 2, 0.75), ([[9, 9, 9, 9]], 0, 0.0)],
+)
+def test_agreement_is_by_position(tokens: list[list[int]], first: int | None, same: float) -> None:
+    found = agreement([Answer(each) for each in tokens], [Answer([1, 2, 3, 4])])
+    assert found == {"first_divergence": first, "same_tokens": same}
+
+
+def test_a_figure_says_what_it_is_of() -> None:
+    assert Side("tcp", "int8", "1gbit").suffix == "_tcp_int8_1gbit"
+    assert Side("shm").suffix == "_shm"
+
+
+@pytest.mark.parametrize("rate", ["fast", "1gbit; reboot", "-1gbit", "gbit"])
+def test_what_is_no_rate_is_refused(rate: str) -> None:
+    with pytest.raises(ConfigError, match="link"), link(rate):
+        pass
+
+
+@pytest.mark.skipif(bool(refused()), reason=refused() or "links can be made")
+def test_a_link_has_its_rate_and_ends_with_its_context() -> None:
+    home = socket.create_server(("127.0.0.1", 0))
+    with link("100mbit"):
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(home.getsockname())
+        assert _seconds(5_000_000) > 5_000_000 * 8 / 100e6 * 0.7  # less its first burst
+    socket.create_connection(home.getsockname()).close()
+
+
+def _seconds(size: int) -> float:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        sender = threading.Thread(target=lambda: _send(server, size))
+        sender.start()
+        begin = time.perf_counter()
+        with socket.create_connection(server.getsockname()) as connected:
+            left = size
+            while left:
+                left -= len(connected.recv(1 << 20))
+        taken = time.perf_counter() - begin
+        sender.join()
+        return taken
+
+
+def _send(server: socket.socket, size: int) -> None:
+    accepted, _ = server.accept()
+    with accepted:
+        accepted.sendall(bytes(size))
