@@ -10,7 +10,7 @@ from joinwise.cluster.config_model import JoinwiseConfig, PoolConfig
 
 def problems(config: JoinwiseConfig) -> list[str]:
     """Every way in which `config` cannot work, one sentence each; empty when it can."""
-    return [*_models(config), *_pools(config), *_gateway(config), *_redis(config), *_router(config)]
+    return [*_models(config), *_pools(config), *_gateway(config), *_redis(config), *_kv(config), *_router(config)]
 
 
 def _models(config: JoinwiseConfig) -> Iterator[str]:
@@ -70,6 +70,15 @@ def _redis(config: JoinwiseConfig) -> Iterator[str]:
         yield "redis.tls: a client certificate needs both cert and key"
     if tls is not None and config.redis.url.startswith(("redis://", "unix://")):
         yield "redis.tls is set, but redis.url does not speak TLS: write rediss://"
+
+
+def _kv(config: JoinwiseConfig) -> Iterator[str]:
+    kv = config.kv
+    if kv.lossy != "none" and kv.codec != "auto":
+        yield (
+            f"kv.lossy ({kv.lossy}) is what kv.codec: auto may choose, but kv.codec is {kv.codec}; "
+            f"write kv.codec: auto, or kv.codec: {kv.lossy} to code everything so"
+        )
 
 
 def _router(config: JoinwiseConfig) -> Iterator[str]:

@@ -155,8 +155,11 @@ class KvConfig(Section):
     transport: Literal["auto", "grpc", "tcp", "shm", "nccl"] = "auto"
     """`auto` picks for each pair: shared memory on one host, else TCP, else gRPC. `nccl` (gloo between CPUs) is never
     picked by itself: its connections carry no token."""
-    codec: Literal["none", "lossless", "int8", "fp8"] = "none"
-    """How KV is coded on the wire; `int8` and `fp8` lose precision."""
+    codec: Literal["auto", "none", "lossless", "int8", "fp8"] = "none"
+    """How KV is coded on the wire; `int8` and `fp8` lose precision. `auto` codes where the wire is measured to be
+    slower than coding, without loss unless `lossy` allows one."""
+    lossy: Literal["none", "int8", "fp8"] = "none"
+    """The codec with loss that `codec: auto` may choose too."""
     frame_bytes: Bytes = 1 << 20
     """Upper bound of one frame's payload."""
     landing_bytes: Bytes = 256 << 20
@@ -324,7 +327,8 @@ class GatewayConfig(Section):
     vllm_args: dict[str, Any] = {}
     """Further arguments of vLLM's front end by name."""
     drain_s: Seconds = 30.0
-    """Seconds for which a stopping gateway lets running requests finish."""
+    """Seconds for which a stopping gateway lets running requests finish, and a stopping worker also serves KV that
+    peers still need."""
 
 
 class RayConfig(Section):

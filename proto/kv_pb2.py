@@ -24,27 +24,29 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17joinwise/proto/kv.proto\x12\x0bjoinwise.v1\"\x95\x01\n\x08KvLayout\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x12\n\nblock_size\x18\x03 \x01(\r\x12$\n\x06layers\x18\x04 \x03(\x0b\x32\x14.joinwise.v1.KvLayer\x12\x10\n\x08interior\x18\x05 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x06 \x01(\t\"\x89\x01\n\x07KvLayer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x62lock_bytes\x18\x02 \x01(\x04\x12\x11\n\tnum_heads\x18\x03 \x01(\r\x12\x12\n\nfirst_head\x18\x04 \x01(\r\x12\x13\n\x0btotal_heads\x18\x05 \x01(\r\x12\r\n\x05parts\x18\x06 \x01(\r\x12\x10\n\x08head_dim\x18\x07 \x01(\r\"6\n\rLayoutRequest\x12%\n\x06layout\x18\x01 \x01(\x0b\x32\x15.joinwise.v1.KvLayout\"\x8c\x01\n\x0eLayoutResponse\x12%\n\x06layout\x18\x01 \x01(\x0b\x32\x15.joinwise.v1.KvLayout\x12\x10\n\x08instance\x18\x02 \x01(\x04\x12\x14\n\x0clane_address\x18\x03 \x01(\t\x12\x12\n\nlane_kinds\x18\x04 \x03(\t\x12\x17\n\x0flargest_payload\x18\x05 \x01(\x04\"\xbd\x02\n\x0c\x46\x65tchRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\nnum_tokens\x18\x06 \x01(\r\x12\x13\n\x0b\x66irst_token\x18\x07 \x01(\r\x12\x10\n\x08instance\x18\x08 \x01(\x04\x12\'\n\x08\x65ncoding\x18\t \x01(\x0e\x32\x15.joinwise.v1.Encoding\x12\x12\n\nwire_dtype\x18\n \x01(\t\x12\x12\n\nfirst_head\x18\x0b \x01(\r\x12\x11\n\tnum_heads\x18\x0c \x01(\r\x12\x0e\n\x06layers\x18\r \x03(\r\x12\x0f\n\x07lane_id\x18\x0e \x01(\x04\x12\x0f\n\x07streams\x18\x0f \x01(\rJ\x04\x08\x03\x10\x04J\x04\x08\x04\x10\x05J\x04\x08\x05\x10\x06R\x0b\x66irst_blockR\nnum_blocksR\rlayout_digest\"\x1e\n\rFetchResponse\x12\r\n\x05\x66rame\x18\x01 \x01(\x0c*\x89\x01\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x45NCODING_BLOCKS\x10\x01\x12\x12\n\x0e\x45NCODING_PLAIN\x10\x02\x12\x11\n\rENCODING_INT8\x10\x03\x12\x10\n\x0c\x45NCODING_FP8\x10\x04\x12\x15\n\x11\x45NCODING_LOSSLESS\x10\x05\x32\x90\x01\n\tKvService\x12\x41\n\x06Layout\x12\x1a.joinwise.v1.LayoutRequest\x1a\x1b.joinwise.v1.LayoutResponse\x12@\n\x05\x46\x65tch\x12\x19.joinwise.v1.FetchRequest\x1a\x1a.joinwise.v1.FetchResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17joinwise/proto/kv.proto\x12\x0bjoinwise.v1\"\x95\x01\n\x08KvLayout\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x12\n\nblock_size\x18\x03 \x01(\r\x12$\n\x06layers\x18\x04 \x03(\x0b\x32\x14.joinwise.v1.KvLayer\x12\x10\n\x08interior\x18\x05 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x06 \x01(\t\"\x89\x01\n\x07KvLayer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x62lock_bytes\x18\x02 \x01(\x04\x12\x11\n\tnum_heads\x18\x03 \x01(\r\x12\x12\n\nfirst_head\x18\x04 \x01(\r\x12\x13\n\x0btotal_heads\x18\x05 \x01(\r\x12\r\n\x05parts\x18\x06 \x01(\r\x12\x10\n\x08head_dim\x18\x07 \x01(\r\"F\n\rLayoutRequest\x12%\n\x06layout\x18\x01 \x01(\x0b\x32\x15.joinwise.v1.KvLayout\x12\x0e\n\x06\x63oding\x18\x02 \x01(\x08\"M\n\x0b\x43odingSpeed\x12\'\n\x08\x65ncoding\x18\x01 \x01(\x0e\x32\x15.joinwise.v1.Encoding\x12\x15\n\rnumbers_per_s\x18\x02 \x01(\x01\"\xb6\x01\n\x0eLayoutResponse\x12%\n\x06layout\x18\x01 \x01(\x0b\x32\x15.joinwise.v1.KvLayout\x12\x10\n\x08instance\x18\x02 \x01(\x04\x12\x14\n\x0clane_address\x18\x03 \x01(\t\x12\x12\n\nlane_kinds\x18\x04 \x03(\t\x12\x17\n\x0flargest_payload\x18\x05 \x01(\x04\x12(\n\x06\x63oding\x18\x06 \x03(\x0b\x32\x18.joinwise.v1.CodingSpeed\"\xbd\x02\n\x0c\x46\x65tchRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\nnum_tokens\x18\x06 \x01(\r\x12\x13\n\x0b\x66irst_token\x18\x07 \x01(\r\x12\x10\n\x08instance\x18\x08 \x01(\x04\x12\'\n\x08\x65ncoding\x18\t \x01(\x0e\x32\x15.joinwise.v1.Encoding\x12\x12\n\nwire_dtype\x18\n \x01(\t\x12\x12\n\nfirst_head\x18\x0b \x01(\r\x12\x11\n\tnum_heads\x18\x0c \x01(\r\x12\x0e\n\x06layers\x18\r \x03(\r\x12\x0f\n\x07lane_id\x18\x0e \x01(\x04\x12\x0f\n\x07streams\x18\x0f \x01(\rJ\x04\x08\x03\x10\x04J\x04\x08\x04\x10\x05J\x04\x08\x05\x10\x06R\x0b\x66irst_blockR\nnum_blocksR\rlayout_digest\"\x1e\n\rFetchResponse\x12\r\n\x05\x66rame\x18\x01 \x01(\x0c*\x89\x01\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x45NCODING_BLOCKS\x10\x01\x12\x12\n\x0e\x45NCODING_PLAIN\x10\x02\x12\x11\n\rENCODING_INT8\x10\x03\x12\x10\n\x0c\x45NCODING_FP8\x10\x04\x12\x15\n\x11\x45NCODING_LOSSLESS\x10\x05\x32\x90\x01\n\tKvService\x12\x41\n\x06Layout\x12\x1a.joinwise.v1.LayoutRequest\x1a\x1b.joinwise.v1.LayoutResponse\x12@\n\x05\x46\x65tch\x12\x19.joinwise.v1.FetchRequest\x1a\x1a.joinwise.v1.FetchResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'joinwise.proto.kv_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ENCODING']._serialized_start=884
-  _globals['_ENCODING']._serialized_end=1021
+  _globals['_ENCODING']._serialized_start=1021
+  _globals['_ENCODING']._serialized_end=1158
   _globals['_KVLAYOUT']._serialized_start=41
   _globals['_KVLAYOUT']._serialized_end=190
   _globals['_KVLAYER']._serialized_start=193
   _globals['_KVLAYER']._serialized_end=330
   _globals['_LAYOUTREQUEST']._serialized_start=332
-  _globals['_LAYOUTREQUEST']._serialized_end=386
-  _globals['_LAYOUTRESPONSE']._serialized_start=389
-  _globals['_LAYOUTRESPONSE']._serialized_end=529
-  _globals['_FETCHREQUEST']._serialized_start=532
-  _globals['_FETCHREQUEST']._serialized_end=849
-  _globals['_FETCHRESPONSE']._serialized_start=851
-  _globals['_FETCHRESPONSE']._serialized_end=881
-  _globals['_KVSERVICE']._serialized_start=1024
-  _globals['_KVSERVICE']._serialized_end=1168
+  _globals['_LAYOUTREQUEST']._serialized_end=402
+  _globals['_CODINGSPEED']._serialized_start=404
+  _globals['_CODINGSPEED']._serialized_end=481
+  _globals['_LAYOUTRESPONSE']._serialized_start=484
+  _globals['_LAYOUTRESPONSE']._serialized_end=666
+  _globals['_FETCHREQUEST']._serialized_start=669
+  _globals['_FETCHREQUEST']._serialized_end=986
+  _globals['_FETCHRESPONSE']._serialized_start=988
+  _globals['_FETCHRESPONSE']._serialized_end=1018
+  _globals['_KVSERVICE']._serialized_start=1161
+  _globals['_KVSERVICE']._serialized_end=1305
 # @@protoc_insertion_point(module_scope)

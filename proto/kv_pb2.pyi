@@ -57,24 +57,36 @@ class KvLayer(_message.Message):
     def __init__(self, name: _Optional[str] = ..., block_bytes: _Optional[int] = ..., num_heads: _Optional[int] = ..., first_head: _Optional[int] = ..., total_heads: _Optional[int] = ..., parts: _Optional[int] = ..., head_dim: _Optional[int] = ...) -> None: ...
 
 class LayoutRequest(_message.Message):
-    __slots__ = ("layout",)
+    __slots__ = ("layout", "coding")
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    CODING_FIELD_NUMBER: _ClassVar[int]
     layout: KvLayout
-    def __init__(self, layout: _Optional[_Union[KvLayout, _Mapping]] = ...) -> None: ...
+    coding: bool
+    def __init__(self, layout: _Optional[_Union[KvLayout, _Mapping]] = ..., coding: _Optional[bool] = ...) -> None: ...
+
+class CodingSpeed(_message.Message):
+    __slots__ = ("encoding", "numbers_per_s")
+    ENCODING_FIELD_NUMBER: _ClassVar[int]
+    NUMBERS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    encoding: Encoding
+    numbers_per_s: float
+    def __init__(self, encoding: _Optional[_Union[Encoding, str]] = ..., numbers_per_s: _Optional[float] = ...) -> None: ...
 
 class LayoutResponse(_message.Message):
-    __slots__ = ("layout", "instance", "lane_address", "lane_kinds", "largest_payload")
+    __slots__ = ("layout", "instance", "lane_address", "lane_kinds", "largest_payload", "coding")
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     LANE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     LANE_KINDS_FIELD_NUMBER: _ClassVar[int]
     LARGEST_PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    CODING_FIELD_NUMBER: _ClassVar[int]
     layout: KvLayout
     instance: int
     lane_address: str
     lane_kinds: _containers.RepeatedScalarFieldContainer[str]
     largest_payload: int
-    def __init__(self, layout: _Optional[_Union[KvLayout, _Mapping]] = ..., instance: _Optional[int] = ..., lane_address: _Optional[str] = ..., lane_kinds: _Optional[_Iterable[str]] = ..., largest_payload: _Optional[int] = ...) -> None: ...
+    coding: _containers.RepeatedCompositeFieldContainer[CodingSpeed]
+    def __init__(self, layout: _Optional[_Union[KvLayout, _Mapping]] = ..., instance: _Optional[int] = ..., lane_address: _Optional[str] = ..., lane_kinds: _Optional[_Iterable[str]] = ..., largest_payload: _Optional[int] = ..., coding: _Optional[_Iterable[_Union[CodingSpeed, _Mapping]]] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
     __slots__ = ("transfer_id", "epoch", "num_tokens", "first_token", "instance", "encoding", "wire_dtype", "first_head", "num_heads", "layers", "lane_id", "streams")

@@ -5,15 +5,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
-import torch
 
 from joinwise.actors.auth import bearer
 from joinwise.actors.kv import layout
 from joinwise.actors.kv.blocks import KvBlocks
+from joinwise.actors.kv.codecs import Arrivals, CodecChoice
 from joinwise.actors.kv.frames import FrameRefusedError
 from joinwise.actors.kv.lanes.lane import LaneClosedError, LaneRefusedError, ReceiveLane
 from joinwise.actors.kv.lanes.pool import LanePool
@@ -49,6 +49,8 @@ class _Agreement:
     unneeded: tuple[int, ...]
     instances: tuple[int, ...]
     lane_addresses: tuple[str, ...]
+    coding: tuple[dict[int, float], ...]
+    """Numbers that each encodes in a second, by encoding."""
 
 
 @dataclass
@@ -74,8 +76,8 @@ class KvClient:
         token: shown to senders.
         certificates: of the cluster, read again when they are renewed; None connects in plain text.
         transport: "auto", "grpc" or a kind of lane.
-        codec: how payloads are coded; one that loses precision is used everywhere, `lossless` where elements have
-            16 bits.
+        codec: how payloads are coded, "auto" to choose for each transfer; see `CodecChoice`.
+        lossy: the codec with loss that "auto" may choose.
         lanes: opens lanes; None for gRPC only.
         slot_bytes: largest payload of its `shm` lanes.
     """
@@ -89,6 +91,7 @@ class KvClient:
         certificates: Certificates | None = None,
         transport: str = "grpc",
         codec: str = "none",
+        lossy: str = "none",
         lanes: LanePool | None = None,
         slot_bytes: int = 0,
     ) -> None:
@@ -99,7 +102,7 @@ class KvClient:
         self._preference: Preference = preference(transport if lanes is not None else "grpc")
         self._lanes = lanes
         self._slot_bytes = slot_bytes
-        self._encoding = next(encoding for encoding, name in CODECS.items() if name == codec)
+        self._codecs = CodecChoice(blocks, codec, lossy)
         self._ranks: tuple[int, Sequence[kv_pb2.KvLayout]] = (0, [blocks.layout])
         self._channels: dict[tuple[str, int], grpc.Channel] = {}  # by peer, and by generation of our certificates
         self._agreed: dict[tuple[str, ...], _Agreement] = {}
@@ -175,7 +178,11 @@ class KvClient:
 
     def _open(self, spec: FetchSpec, fetch: Fetch) -> list[_Stream]:
         agreement = self._agree(spec.peers, min(spec.timeout_s, spec.start_s))
-        importers = [Importer(spec, self._blocks, plan, self._budget) for plan in agreement.plans]
+        plans = [
+            self._codecs.apply(plan, self.links.of(spec.peers[plan.peer]), agreement.coding[plan.peer])
+            for plan in agreement.plans
+        ]
+        importers = [Importer(spec, self._blocks, plan, self._budget) for plan in plans]
         fetch.begin(importers)
         for peer in agreement.unneeded:
             self._decline(spec, spec.peers[peer], agreement.instances[peer])
@@ -207,9 +214,7 @@ class KvClient:
             layers=[theirs for theirs, _ in plan.layers],
             streams=plan.streams,
         )
-        link = self.links.of(spec.peers[plan.peer])
-        link.codec = CODECS.get(plan.encoding, "none")
-        return _Stream(link, importer, request, agreement.lane_addresses[plan.peer])
+        return _Stream(self.links.of(spec.peers[plan.peer]), importer, request, agreement.lane_addresses[plan.peer])
 
     def _agree(self, peers: tuple[str, ...], timeout: float) -> _Agreement:
         if (agreement := self._agreed.get(peers)) is not None:
@@ -220,26 +225,19 @@ class KvClient:
         for peer, answer in zip(peers, answers, strict=True):
             self._settle(self.links.of(peer), answer)
         agreement = _Agreement(
-            tuple(self._coded(part) for part in plan.parts),
+            plan.parts,
             plan.unneeded,
             tuple(answer.instance for answer in answers),
             tuple(answer.lane_address for answer in answers),
+            tuple({each.encoding: each.numbers_per_s for each in answer.coding} for answer in answers),
         )
         self._agreed[peers] = agreement
         return agreement
 
-    def _coded(self, plan: PeerPlan) -> PeerPlan:
-        """The plan with the configured codec, where that can be."""
-        whole_only = not all(self._blocks.layout.layers[ours].num_heads for _, ours in plan.layers)
-        too_wide = self._encoding == kv_pb2.ENCODING_LOSSLESS and plan.wire_dtype == torch.float32
-        if self._encoding == layout.PLAIN or whole_only or too_wide:
-            return plan
-        return replace(plan, encoding=self._encoding)
-
     def _ask_layout(self, peer: str, timeout: float) -> kv_pb2.LayoutResponse:
         channel = self._channel(peer)
         ask = channel.unary_unary(LAYOUT, kv_pb2.LayoutRequest.SerializeToString, kv_pb2.LayoutResponse.FromString)
-        request = kv_pb2.LayoutRequest(layout=self._blocks.layout)
+        request = kv_pb2.LayoutRequest(layout=self._blocks.layout, coding=self._codecs.auto)
         link = self.links.of(peer)
         link.reachable = False
         answer: kv_pb2.LayoutResponse = ask(request, timeout=min(timeout, _LAYOUT_TIMEOUT_S), metadata=self._metadata)
@@ -291,7 +289,10 @@ class KvClient:
             }
             if refused and refused != "fenced":  # that one is no fault of the frame
                 counts[f"refused_{refused}"] = 1
-            stream.link.add(transport, CODECS.get(importer.plan.encoding, "none"), **counts)
+            codec = CODECS.get(importer.plan.encoding, "none")
+            stream.link.add(transport, codec, **counts)
+            if codec == "lossless" and importer.complete:
+                stream.link.compressed(report.bytes, importer.plain_bytes)
 
     @contextmanager
     def _lane(self, stream: _Stream, kind: str) -> Iterator[ReceiveLane | None]:
@@ -333,11 +334,13 @@ class KvClient:
 
     def _receive(self, stream: _Stream, call: Any, progress: Callable[[], None]) -> None:
         first = 0.0
+        arrivals = Arrivals(stream.link, stream.importer.plan.encoding)
         try:
             for frame in call:
                 progress()
                 first = first or time.monotonic()
                 stream.report.bytes += stream.importer.accept(frame)
+                arrivals.note(frame)
                 stream.report.wire_seconds = time.monotonic() - first
                 if stream.importer.complete:
                     break

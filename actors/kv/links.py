@@ -62,6 +62,10 @@ class Link:
     codec_why: str = ""
     bytes_per_s: float = 0.0
     retries: int = 0
+    ratio: float = 0.7
+    """Coded bytes per plain byte of the lossless codec, as far as it has been seen."""
+    coded: int = 0
+    """Coded transfers since the last one that was not."""
     users: int = 0
     """Transfers that are under way on it."""
     used_at: float = field(default_factory=time.monotonic)
@@ -97,6 +101,11 @@ class Link:
             bytes_, waited = self._measured
             self._measured = bytes_ * _KEPT + size, waited * _KEPT + seconds
             self.bytes_per_s = self._measured[0] / self._measured[1]
+
+    def compressed(self, coded: int, plain: int) -> None:
+        """The lossless codec has made so many bytes of `plain`."""
+        if plain:
+            self.ratio = _KEPT * self.ratio + (1 - _KEPT) * coded / plain
 
     def status(self) -> LinkStatus:
         """How it stands now."""

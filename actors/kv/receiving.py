@@ -195,6 +195,13 @@ class Importer:
             with self._interrupting:
                 self._interrupt = None
 
+    @property
+    def plain_bytes(self) -> int:
+        """Bytes of everything it brings in the canonical layout, uncoded."""
+        tokens, heads, size = self.spec.num_tokens - self.spec.first_token, self.plan.num_heads, self.plan.wire_dtype
+        shapes = (self.blocks.rows(layer, tokens, heads) for _, layer in self.plan.layers)
+        return sum(rows * head_dim * size.itemsize for rows, head_dim in shapes)
+
     def fence(self) -> None:
         """Write nothing from now on; ends and awaits a write that is under way."""
         self._fenced = True

@@ -51,6 +51,8 @@ class SendTransfer:
     """When its lease ends; it begins with `ended`, for until then vLLM answers for the request."""
     closed: str = ""
     """Why nothing more will be sent; empty while the transfer is open."""
+    moved_at: float = 0.0
+    """When a stream of it was begun, or has last sent a frame."""
     claimed: int = 0
     """Streams that have taken it so far."""
     streaming: int = 0
@@ -65,6 +67,13 @@ class SendTransfer:
     def ready_tokens(self, layer: int) -> int:
         """Tokens that are final in a layer."""
         return min(self.ready[layer] * self.block_size, self.num_tokens)
+
+    @property
+    def needed_until(self) -> float:
+        """When its lease ends; a stream that moves renews it."""
+        if not self.streaming or not self.computed:
+            return self.expires
+        return max(self.moved_at, self.computed_at) + self.lease_s
 
     @property
     def computed(self) -> bool:
@@ -85,21 +94,41 @@ class SendTable:
         self._by_id: dict[str, SendTransfer] = {}
         self._by_request: dict[str, SendTransfer] = {}
         self._over: dict[str, str] = {}
+        self._stopping = ""
 
     def held(self) -> list[str]:
         """Names of the transfers still held, for error messages."""
         with self._opened:
             return [f"send {t.transfer_id} of request {t.request_id}" for t in self._by_request.values()]
 
+    def needed(self, now: float) -> set[str]:
+        """Ids of transfers whose KV a peer may still take; a stream that has moved nothing for a lease needs none."""
+        with self._opened:
+            return {
+                transfer.transfer_id
+                for transfer in self._by_request.values()
+                if not transfer.closed and now <= transfer.needed_until
+            }
+
     # Called by the engine's stepping thread.
+
+    def stop_opening(self, reason: str) -> None:
+        """Take no new transfer; those that there are go on, and streams that wait for another are told at once."""
+        with self._opened:
+            self._stopping = reason
+            self._opened.notify_all()
 
     def open(self, transfer: SendTransfer) -> None:
         """Register a transfer, before its first block is computed.
 
-        One whose id was used before is closed at once: its request is computed, and nothing is sent.
+        One whose id was used before is closed at once, and so is any after `stop_opening`: its request is computed,
+        and nothing is sent.
         """
         with self._opened:
             self._by_request[transfer.request_id] = transfer
+            if self._stopping:
+                transfer.closed = self._stopping
+                return
             if transfer.transfer_id in self._by_id or transfer.transfer_id in self._over:
                 transfer.closed = "its transfer id was used before"
                 return
@@ -168,6 +197,8 @@ class SendTable:
             while (transfer := self._by_id.get(transfer_id)) is None:
                 if (reason := self._over.get(transfer_id)) is not None:
                     raise NoSuchTransferError(f"transfer {transfer_id} is over: {reason}")
+                if self._stopping:
+                    raise NoSuchTransferError(f"no open transfer {transfer_id}: {self._stopping}")
                 left = deadline - time.monotonic()
                 if left <= 0 or not alive():
                     raise NoSuchTransferError(f"no open transfer {transfer_id}")
@@ -180,6 +211,7 @@ class SendTable:
                 )
             transfer.claimed += 1
             transfer.streaming += 1
+            transfer.moved_at = time.monotonic()
             return transfer
 
     def wake_claims(self) -> None:

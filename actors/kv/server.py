@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection
 
 from joinwise.actors.auth import Bearer
 from joinwise.actors.kv.blocks import KvBlocks
+from joinwise.actors.kv.codecs import CodingSpeeds
 from joinwise.actors.kv.lanes.lane import LaneClosedError
 from joinwise.actors.kv.lanes.server import LaneServer
 from joinwise.actors.kv.layout import WHOLE, LayoutMismatchError, dtype_of
@@ -81,6 +82,7 @@ class KvServer:
         self._blocks = blocks
         self._frame_bytes = frame_bytes
         self._producer = FrameProducer(blocks, frame_bytes)
+        self._coding = CodingSpeeds(blocks)
         self._claim_timeout_s = claim_timeout_s
         self._lanes = lanes
         self._lane_kinds = tuple(lane_kinds) if lanes is not None else ()
@@ -131,6 +133,10 @@ class KvServer:
             lane_address=self._lanes.address if self._lanes is not None else "",
             lane_kinds=self._lane_kinds,
             largest_payload=max(self._frame_bytes, *self._blocks.block_bytes),
+            coding=[
+                kv_pb2.CodingSpeed(encoding=encoding, numbers_per_s=speed)  # type: ignore[arg-type]
+                for encoding, speed in (self._coding.encoding if request.coding else {}).items()
+            ],
         )
 
     def _fetch(self, request: kv_pb2.FetchRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -158,6 +164,7 @@ class KvServer:
                 sequence = 0
                 for raw, payload in frames:
                     yield b"".join((raw, *payload))
+                    transfer.moved_at = time.monotonic()
                     sequence += 1
             except TransferEndedError as error:
                 context.abort(grpc.StatusCode.ABORTED, f"transfer ended: {error}")
@@ -233,6 +240,7 @@ class KvServer:
             sequence = 0
             for raw, payload in frames:
                 lane.send(raw, payload)
+                transfer.moved_at = time.monotonic()
                 sequence += 1
             lane.send(self._producer.end(transfer, sequence), [])
             over.set()

@@ -166,6 +166,7 @@ class Receiver:
         token: str = "",
         transport: str = "grpc",
         codec: str = "none",
+        lossy: str = "none",
         **layout: object,
     ) -> None:
         layers, dtype = layout.pop("layers", LAYERS), layout.pop("dtype", torch.float32)
@@ -180,6 +181,7 @@ class Receiver:
             token=token,
             transport=transport,
             codec=codec,
+            lossy=lossy,
             lanes=self.lanes,
             slot_bytes=1 << 20,
         )
