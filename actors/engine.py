@@ -25,6 +25,7 @@ from vllm.lora.request import LoRARequest
 from joinwise.actors import cpu
 from joinwise.actors.auth import AsyncBearer, is_loopback
 from joinwise.actors.engine_service import PROTOCOL_VERSION, EngineService, WorkerIdentity
+from joinwise.actors.kv.draining import drain
 from joinwise.actors.kv.metrics import KvMetrics
 from joinwise.actors.models import resolve_model
 from joinwise.actors.ops import OpsServer
@@ -123,7 +124,7 @@ class EngineWorker:
         }
 
     async def stop(self, drain_s: float = 0.0) -> None:
-        """Leave: no new work, let what runs end for up to `drain_s` seconds, then close everything."""
+        """Leave: no new work, let what runs end for up to `drain_s` seconds, then close everything; see `drain`."""
         if self._health is not None:
             await self._health.enter_graceful_shutdown()
         await self.drain(drain_s)
@@ -138,16 +139,29 @@ class EngineWorker:
             await asyncio.to_thread(self._ops.close)
         await self._redis.aclose()
 
-    async def drain(self, drain_s: float) -> None:
-        """Leave the registry, and return when what runs has ended, or after `drain_s` seconds. Links stay open."""
+    async def drain(self, drain_s: float) -> str:
+        """Leave the registry, and wait until what runs has ended and no peer needs KV of this worker any more.
+
+        Links stay open, new transfers are refused, and a peer that takes nothing is not waited for beyond its lease.
+
+        Args:
+            drain_s: seconds to wait at most.
+
+        Returns:
+            What was waited for, and what was left behind.
+        """
         self._draining = True
         for task in (self._heart, self._telling):
             if task is not None:
                 task.cancel()
         await self._deregister()
-        deadline = time.monotonic() + drain_s
-        while self._engine is not None and time.monotonic() < deadline and await self._busy():  # noqa: ASYNC110
-            await asyncio.sleep(0.05)
+        engine = self._engine
+        if engine is None or not engine.alive:
+            return "nothing runs"
+        engine.stop_sending()
+        drained = await drain(lambda: asyncio.wrap_future(engine.pending()), drain_s)
+        logger.log(logging.WARNING if drained.left else logging.INFO, "drained: %s", drained)
+        return str(drained)
 
     def failure(self) -> str:
         """Why this worker is sick; empty when it is well. An engine that has work and steps no more is sick."""
@@ -169,6 +183,7 @@ class EngineWorker:
             host=self._spec.host,
             transport=kv.transport,
             codec=kv.codec,
+            lossy=kv.lossy,
             frame_bytes=kv.frame_bytes,
             landing_bytes=kv.landing_bytes,
             lease_s=kv.lease_s,
@@ -271,8 +286,8 @@ class EngineWorker:
             host = "::" if ":" in host else "0.0.0.0"  # noqa: S104
         patience = self._config.gateway.drain_s
 
-        def drain() -> None:
-            asyncio.run_coroutine_threadsafe(self.drain(patience), loop).result(patience + 10)
+        def drain() -> str:
+            return asyncio.run_coroutine_threadsafe(self.drain(patience), loop).result(patience + 10)
 
         try:
             tls = self._certificates.server_context(clients=False) if self._certificates else None
@@ -348,7 +363,3 @@ class EngineWorker:
             decode_step_ms=self._engine.decode_step_s * 1000,
             prefill_tokens_per_s=self._engine.prefill_tokens_per_s,
         )
-
-    async def _busy(self) -> bool:
-        assert self._engine is not None
-        return await asyncio.wrap_future(self._engine.between_steps(self._engine.core.scheduler.has_requests))

@@ -224,7 +224,8 @@ class Cluster:
         if self._gateway is not None and self._gateway.actor is not None:
             await self._gateway.actor.stop(self.config.gateway.drain_s + 10)
         engines = [slot.actor for slot in self._slots if slot is not self._gateway and slot.actor is not None]
-        await asyncio.gather(*(actor.stop(20) for actor in engines))
+        patience = self.config.gateway.drain_s
+        await asyncio.gather(*(actor.stop(patience + 20, patience) for actor in engines))
         self._slots, self._gateway = [], None
         if self._ray is not None:
             await asyncio.to_thread(self._ray.close)

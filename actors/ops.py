@@ -39,7 +39,7 @@ class OpsServer:
         host, port: where to listen; port 0 picks a free one.
         live: why the process should be restarted; empty while it is well. Called on a thread of the server.
         ready: why it should get no work; empty while it may. Called on a thread of the server.
-        drain: stops taking work and returns when what runs has ended, or its own patience has.
+        drain: stops taking work and returns when what runs has ended, or its own patience has; what it says is told.
         tls: context of the listener; None listens in the clear.
 
     Raises:
@@ -53,7 +53,7 @@ class OpsServer:
         *,
         live: Callable[[], str],
         ready: Callable[[], str],
-        drain: Callable[[], None],
+        drain: Callable[[], str | None],
         tls: ssl.SSLContext | None = None,
     ) -> None:
         handler = type(
@@ -115,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
     """One request a connection."""
 
     checks: dict[str, Callable[[], str]]
-    drain: Callable[[], None]
+    drain: Callable[[], str | None]
     timeout = _IDLE_S
     server_version = "joinwise"
     sys_version = ""
@@ -137,8 +137,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif not ipaddress.ip_address(self.client_address[0].partition("%")[0]).is_loopback:
             self._answer(403, b"only from the machine itself\n")
         else:
-            type(self).drain()
-            self._answer(200, b"drained\n")
+            told = type(self).drain()
+            self._answer(200, f"drained{f': {told}' if told else ''}\n".encode())
 
     def _answer(self, status: int, body: bytes, kind: str = "text/plain; charset=utf-8") -> None:
         self.send_response(status)

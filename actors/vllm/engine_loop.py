@@ -23,6 +23,7 @@ from vllm.v1.executor import Executor
 from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.metrics.stats import SchedulerStats
 
+from joinwise.actors.kv.draining import Pending
 from joinwise.actors.vllm import connector
 from joinwise.actors.vllm.ageing import age_preempted
 from joinwise.actors.vllm.connector import ports
@@ -131,6 +132,20 @@ class EngineLoop:
     def kv_status(self) -> "Future[KvStatus]":
         """What the connectors of all ranks hold and have done."""
         return self.between_steps(lambda: ports.status(self.core.model_executor))
+
+    def stop_sending(self) -> None:
+        """The worker drains: transfers that there are go on, and no other is opened."""
+        if (scheduler := connector.host.scheduler) is not None:
+            self._submit(scheduler.stop_sending)
+
+    def pending(self) -> "Future[Pending]":
+        """What must end before this engine may stop."""
+
+        def look() -> Pending:
+            running, waiting = self.core.scheduler.get_request_counts()
+            return Pending(running + waiting, ports.needed(self.core.model_executor))
+
+        return self.between_steps(look)
 
     def stuck_for(self) -> float:
         """Seconds since the last step, while there is work; 0 on an idle engine."""

@@ -497,6 +497,23 @@ def test_nobody_fetches_it(worker: Worker) -> None:
     late.connector.shutdown()
 
 
+def test_what_was_opened_before_it_drains_is_still_sent(pair: tuple[Worker, Worker]) -> None:
+    prefill, decode = pair
+    prefill.step(StepMetadata(open_sends=_open("r", 8), sends=[SendStep("r", (3, 4), 8)], stopping=True))
+    assert prefill.connector.needed() == {"r-t"}
+    prefill.step(StepMetadata(open_sends=_open("late", 4), sends=[SendStep("late", (5,), 4)], stopping=True))
+    decode.step(
+        StepMetadata(receives=[_receive(peer=prefill.port.address), _receive("late", (7,), prefill.port.address)])
+    )
+    decode.step(StepMetadata(released={"r", "late"}))
+    decode.step_until(lambda: set(decode.received) == {"r", "late"}, "both are reported")
+    assert decode.failed == {"late"}
+    assert "this worker is stopping" in decode.reports["late"].failure
+    prefill.step(finished={"r", "late"})
+    prefill.step_until(lambda: prefill.sent.keys() == {"r", "late"}, "the blocks are given back")
+    assert prefill.connector.needed() == set()
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_many_requests_with_aborts_and_preemptions(pair: tuple[Worker, Worker], seed: int) -> None:
     """Random lives of 24 requests on two workers; what is reported good is byte for byte good."""

@@ -79,6 +79,14 @@ def test_drain(process: Process, port: int) -> None:
     assert process.drained.is_set()
 
 
+def test_what_was_waited_for_is_told() -> None:
+    server = OpsServer("127.0.0.1", 0, live=str, ready=str, drain=lambda: "waited for 2")
+    try:
+        assert ask(server.port, "/drain", "POST") == (200, "drained: waited for 2\n")
+    finally:
+        server.close()
+
+
 def test_only_the_machine_itself_drains(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
     get_request = ops._Server.get_request
 

@@ -48,6 +48,8 @@ class StepMetadata(KVConnectorMetadata):
     close_sends: dict[str, str] = field(default_factory=dict)
     """Sending requests to stop, with the reason."""
     preempted: set[str] = field(default_factory=set)
+    stopping: bool = False
+    """The worker drains: no transfer is opened after this step's."""
 
 
 @dataclass

@@ -53,6 +53,11 @@ def status(executor: Executor) -> KvStatus:
     return first
 
 
+def needed(executor: Executor) -> frozenset[str]:
+    """Ids of the transfers whose KV a peer may still take from any rank."""
+    return frozenset().union(*executor.collective_rpc(_needed))
+
+
 def figures(status: KvStatus) -> KvFigures:
     """The part of it that is shown to operators."""
     return KvFigures(status.links, status.streams, status.landing_bytes, status.landing_limit, status.counters)
@@ -70,6 +75,10 @@ def _open(worker: Any, settings: KvSettings) -> KvPort:
 
 def _set_ranks(worker: Any, layouts: Sequence[bytes]) -> None:
     _connector().set_ranks(worker.rank, layouts)
+
+
+def _needed(_: Any) -> set[str]:
+    return _connector().needed()
 
 
 def _status(_: Any) -> KvStatus:

@@ -65,8 +65,13 @@ class SchedulerConnector:
         self._sends: dict[str, _Send] = {}
         self._held: set[str] = set()
         self._next = StepMetadata()
+        self._stopping = False
 
     # Called by the engine loop, between two steps.
+
+    def stop_sending(self) -> None:
+        """The worker drains: requests that come from now on are computed, and send nothing."""
+        self._stopping = True
 
     def release(self, request_id: str, *, recompute: bool) -> bool:
         """Let a receiving request go on once its KV is there; with `recompute`, without it.
@@ -108,7 +113,7 @@ class SchedulerConnector:
             return
         if handoff.half == "recv":
             self._receives[request.request_id] = _Receive(handoff)
-        else:
+        elif not self._stopping:
             self._sends[request.request_id] = _Send(handoff, request.num_prompt_tokens, [])
             self._next.open_sends.append(
                 OpenSend(request.request_id, handoff.transfer_id, handoff.epoch, request.num_prompt_tokens)
@@ -154,6 +159,7 @@ class SchedulerConnector:
     def build_metadata(self, output: SchedulerOutput) -> StepMetadata:
         """Take what has gathered since the last step, and add this step's progress of senders."""
         metadata, self._next = self._next, StepMetadata()
+        metadata.stopping = self._stopping
         metadata.preempted = set(output.preempted_req_ids or ())
         for request_id in metadata.preempted:
             if self._sends.pop(request_id, None) is not None:

@@ -49,6 +49,7 @@ class KvSettings:
     """Address to listen on; ports are chosen by the system."""
     transport: str = "auto"
     codec: str = "none"
+    lossy: str = "none"
     frame_bytes: int = 1 << 20
     landing_bytes: int = 64 << 20
     lease_s: float = 60.0
@@ -172,6 +173,7 @@ class WorkerConnector:
             certificates=certificates,
             transport=settings.transport,
             codec=settings.codec,
+            lossy=settings.lossy,
             lanes=pool,
             slot_bytes=slot_bytes,
         )
@@ -215,6 +217,10 @@ class WorkerConnector:
             links=self._client.link_status() if self._client is not None else [],
         )
 
+    def needed(self) -> set[str]:
+        """Ids of the transfers whose KV a peer may still take."""
+        return self._table.needed(time.monotonic())
+
     # One engine step, in vLLM's order.
 
     def preempt(self, metadata: StepMetadata) -> None:
@@ -241,6 +247,8 @@ class WorkerConnector:
                     block_size=self._block_size,
                 )
             )
+        if metadata.stopping:
+            self._table.stop_opening("this worker is stopping")
         for request_id, reason in metadata.close_sends.items():
             self._table.close(request_id, reason)
         self._step = []
