@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import httpx
 import pytest
-from helpers.ask import Question, pair
+from helpers.ask import Answer, Question, ask, assert_same
 from helpers.cluster import ENGINE, MODEL, RunningCluster, cluster_config, running_cluster
 from helpers.idle import assert_idle
 from helpers.plain_vllm import PlainServer, plain_server
@@ -18,21 +19,31 @@ pytestmark = [pytest.mark.cluster, pytest.mark.model]
 _QWEN = "qwen2.5-coder-0.5b-instruct"
 
 
-async def _answers_as_one_engine(cluster: RunningCluster, baseline: PlainServer) -> None:
-    """Prompts that end inside a block, at its edge and beyond several, alone and all together."""
-    questions = [
-        Question(
-            f"{tokens} tokens",
-            {"prompt": [(7 * index) % 900 + 1 for index in range(tokens)], "max_tokens": 12, "temperature": 0},
-        )
-        for tokens in (10, 64, 100, 333, 700)
-    ]
-    async with pair(cluster.http, baseline.http) as both:
-        for question in questions:
-            answer = await both.equal(question)
-            assert answer.ledgers[0]["transport"], "its KV has travelled"
-            assert not answer.ledgers[0]["recomputed"]
-        await asyncio.gather(*(both.equal(question) for question in questions))
+_QUESTIONS = [
+    Question(
+        f"{tokens} tokens",
+        {"prompt": [(7 * index) % 900 + 1 for index in range(tokens)], "max_tokens": 12, "temperature": 0},
+    )
+    for tokens in (10, 64, 100, 333, 700)
+]
+"""Prompts that end inside a block, at its edge and beyond several."""
+
+
+async def _answers(url: str) -> list[Answer]:
+    """The answers of one server: each question alone, then all at once."""
+    async with httpx.AsyncClient(base_url=url, timeout=300) as http:
+        alone = [await ask(http, question) for question in _QUESTIONS]
+        return alone + await asyncio.gather(*(ask(http, question) for question in _QUESTIONS))
+
+
+async def _assert_answers(cluster: RunningCluster, expected: list[Answer]) -> None:
+    answers = await _answers(cluster.http)
+    for question, ours, theirs in zip(_QUESTIONS * 2, answers, expected, strict=True):
+        assert (ours.status, theirs.status) == (200, 200), f"{question}: {ours.body} {theirs.body}"
+        assert_same(str(question), ours.body, theirs.body)
+    for answer in answers[: len(_QUESTIONS)]:
+        assert answer.ledgers[0]["transport"], "its KV has travelled"
+        assert not answer.ledgers[0]["recomputed"]
     await assert_idle(cluster)
 
 
@@ -42,7 +53,7 @@ async def test_block_sizes_may_differ(small_model: object, baseline: PlainServer
     prefill["max_num_batched_tokens"] = 512
     decode["block_size"] = 64
     with running_cluster(config, tmp_path) as cluster:
-        await _answers_as_one_engine(cluster, baseline)
+        await _assert_answers(cluster, await _answers(baseline.http))
 
 
 @pytest.mark.timeout(600)
@@ -54,8 +65,7 @@ async def test_two_ranks_prefill_for_one(tmp_path: Path) -> None:
     config["pools"][0]["engine"]["tensor_parallel_size"] = 2
     arguments = ["--max-model-len", "2048", "--block-size", str(ENGINE["block_size"])]
     arguments += ["--kv-cache-memory-bytes", str(ENGINE["kv_cache_memory_bytes"])]
-    with (
-        running_cluster(config, tmp_path) as cluster,
-        plain_server(str(model.path), MODEL, tmp_path, arguments) as baseline,
-    ):
-        await _answers_as_one_engine(cluster, baseline)
+    with plain_server(str(model.path), MODEL, tmp_path, arguments) as server:  # gone before the cluster comes: memory
+        expected = await _answers(server.http)
+    with running_cluster(config, tmp_path) as cluster:
+        await _assert_answers(cluster, expected)

@@ -40,10 +40,12 @@ async def complete(
 
 
 async def held_blocks(cluster: RunningCluster) -> dict[str, set[int]]:
-    """What a gateway that starts now learns from the stream."""
+    """What a gateway that starts now learns from the stream, of the workers that there are."""
     client, index = connect(cluster.redis_url), PrefixIndex()
     try:
         await PrefixFollower(client, cluster.name, index).read()
+        workers = await Registry(client, cluster.name, RouterConfig()).list()
+        index.keep({worker.worker_id: worker.epoch for worker in workers})
     finally:
         await client.aclose()
     return {name: set(worker.blocks) for name, worker in index._workers.items()}
