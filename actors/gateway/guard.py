@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from joinwise.actors import logs
@@ -64,8 +64,15 @@ class Guard:
             await self._app(scope, receive, send)
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path, answer = str(scope["path"]), _Answer(send)
+        path = str(scope["path"])
         identity: Identity | None = None
+
+        def told(status: int) -> None:
+            if path in ADMINISTRATION:
+                client = scope.get("client") or ("", 0)
+                self._audit.record(f"{scope['method']} {path}", status, identity=identity, client=str(client[0]))
+
+        answer = _Answer(send, told)
         try:
             self._check_head(scope)
             if path in OPEN_TO_ALL:
@@ -81,10 +88,8 @@ class Guard:
             late = DeadlineExceededError(f"the call has run for {self._limits.request_s:g} s, the longest allowed")
             await answer.refuse(late, path)
         finally:
-            if path in ADMINISTRATION:
-                client = scope.get("client") or ("", 0)
-                action = f"{scope['method']} {path}"
-                self._audit.record(action, answer.status, identity=identity, client=str(client[0]))
+            if not answer.status:
+                told(0)
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The same door; a refusal is a handshake that fails."""
@@ -167,16 +172,18 @@ class _Body:
 
 
 class _Answer:
-    """What the caller has been told."""
+    """What the caller has been told; `told` hears of the status before the caller does."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, told: Callable[[int], None]) -> None:
         self._send = send
+        self._told = told
         self.status = 0
 
     async def send(self, message: Message) -> None:
         """Pass a message on."""
         if message["type"] == "http.response.start":
             self.status = int(message["status"])
+            self._told(self.status)
         await self._send(message)
 
     async def refuse(self, error: JoinwiseError, path: str) -> None:

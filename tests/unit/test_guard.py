@@ -199,6 +199,22 @@ async def test_administration_is_recorded(world: World) -> None:
     assert stat.S_IMODE(world.audit_file.stat().st_mode) == 0o600
 
 
+async def test_a_call_is_recorded_before_its_caller_hears_of_it(world: World) -> None:
+    recorded: list[int] = []
+
+    async def send(message: Any) -> None:
+        recorded.append(len(world.audited()))
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    for headers in (world.auth("admin"), {}):
+        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        scope = {"type": "http", "method": "POST", "path": "/v1/reset_prefix_cache", "headers": raw, "client": None}
+        await world.guard(scope, receive, send)
+    assert recorded[0] == 1 and recorded[-1] == 2
+
+
 async def test_audit_lines_stay_whole_under_load(world: World) -> None:
     calls = [world.client.post("/v1/reset_prefix_cache", headers=world.auth("admin")) for _ in range(100)]
     await asyncio.gather(*calls)
