@@ -159,8 +159,11 @@ class EngineWorker:
         if engine is None or not engine.alive:
             return "nothing runs"
         engine.stop_sending()
+        if drain_s <= 0:
+            return "nothing was waited for"
         drained = await drain(lambda: asyncio.wrap_future(engine.pending()), drain_s)
-        logger.log(logging.WARNING if drained.left else logging.INFO, "drained: %s", drained)
+        clean = drained.answered and not drained.left
+        logger.log(logging.INFO if clean else logging.WARNING, "drained: %s", drained)
         return str(drained)
 
     def failure(self) -> str:

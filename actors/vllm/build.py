@@ -11,6 +11,7 @@ from joinwise.actors.vllm.kv_events import events_config
 from joinwise.cluster.errors import ConfigError
 
 REPLAY = "joinwise.actors.vllm.replay:ReplayLogitsProcessor"
+REPLAY_V2 = "joinwise.actors.vllm.replay_v2:ReplayLogitsProcessorV2"
 
 
 def worker_config(model_path: str, engine: dict[str, Any], *, kv_events: bool = False) -> VllmConfig:
@@ -43,7 +44,10 @@ def worker_config(model_path: str, engine: dict[str, Any], *, kv_events: bool = 
     }
     if kv_events:
         ours["kv_events_config"] = events_config()
-    return _config(model_path, {**defaults, **engine, **ours})
+    config = _config(model_path, {**defaults, **engine, **ours})
+    if config.use_v2_model_runner:
+        config.model_config.logits_processors = [REPLAY_V2]
+    return config
 
 
 def gateway_config(model_path: str, engine: dict[str, Any], served_names: list[str]) -> VllmConfig:

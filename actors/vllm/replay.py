@@ -59,9 +59,19 @@ class ReplayLogitsProcessor(LogitsProcessor):
             if len(output) >= len(replay):
                 del self._rows[index]
                 continue
-            token = replay[len(output)]
-            kept = logits[index, token].clone()
-            logits[index] = float("-inf")
-            # A token that penalties or a mask had forbidden must still be repeated.
-            logits[index, token] = torch.where(torch.isfinite(kept), kept, torch.zeros_like(kept))
+            force(logits, index, replay[len(output)])
         return logits
+
+
+def force(logits: torch.Tensor, row: int, token: int) -> None:
+    """Leave one token possible in a row.
+
+    Args:
+        logits: shape (rows, vocabulary); changed in place.
+        row: which.
+        token: the token.
+    """
+    kept = logits[row, token].clone()
+    logits[row] = float("-inf")
+    # A token that penalties or a mask had forbidden must still be repeated.
+    logits[row, token] = torch.where(torch.isfinite(kept), kept, torch.zeros_like(kept))

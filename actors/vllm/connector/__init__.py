@@ -65,6 +65,11 @@ class JoinwiseConnector(KVConnectorBase_V1):
         else:
             self.worker = WorkerConnector(block_size, kv_cache_config.num_blocks, wake=host.wake)
 
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """Layers are sent as they are computed; a graph of the whole model would not say when."""
+        return True
+
     @property
     def requires_kv_delivery(self) -> bool:
         """A preempted sender closes its transfer, and the receiver computes the prompt itself."""
