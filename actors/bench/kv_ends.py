@@ -200,9 +200,9 @@ def _counting_checksums() -> Iterator[list[int]]:
     """The sizes of all payloads whose checksums are compared meanwhile."""
     verify, checked = SealedHeader.verify, []
 
-    def counting(self: SealedHeader, payload: Sequence[memoryview]) -> None:
-        verify(self, payload)
-        checked.append(sum(view.nbytes for view in payload))
+    def counting(self: SealedHeader, checksum: int) -> None:
+        verify(self, checksum)
+        checked.append(self.payload_bytes)
 
     SealedHeader.verify = counting  # type: ignore[method-assign]
     try:

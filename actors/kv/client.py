@@ -359,13 +359,14 @@ class KvClient:
                 failed.set()
                 lane.interrupt()
 
-        def read(views: Sequence[memoryview]) -> None:
+        def read(views: Sequence[memoryview]) -> int:
             begin = time.monotonic()
             try:
-                lane.receive(views)
+                checksum = lane.receive(views)
             except ValueError as error:
                 raise FrameRefusedError("truncated", str(error)) from error
-            link.measure(sum(view.nbytes for view in views), time.monotonic() - begin)
+            link.measure(sum(map(len, views)), time.monotonic() - begin)
+            return checksum
 
         if not call.add_callback(over):
             over()

@@ -8,10 +8,13 @@ the table of fields, version by version.
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import xxhash
+
+from joinwise.kernels import kv_hash
 
 PROTOCOL_VERSION = 2
 MAGIC = b"JWKV"
@@ -66,13 +69,13 @@ class SealedHeader:
     payload_bytes: int
     payload_checksum: int
 
-    def verify(self, payload: Sequence[memoryview]) -> None:
-        """Compare the payload's checksum with what has arrived.
+    def verify(self, checksum: int) -> None:
+        """Compare the payload's checksum with that of what has arrived, see `kv_hash.digest`.
 
         Raises:
             FrameRefusedError: it does not match.
         """
-        if _digest(payload)[1] != self.payload_checksum:
+        if checksum != self.payload_checksum:
             raise FrameRefusedError("checksum", f"layer {self.header.layer} sequence {self.header.sequence}")
 
 
@@ -81,9 +84,16 @@ def transfer_tag(transfer_id: str) -> int:
     return xxhash.xxh3_64_intdigest(transfer_id.encode())
 
 
-def seal(header: FrameHeader, payload: Sequence[memoryview | bytes] = ()) -> bytes:
-    """The 64 bytes that go before a payload; its pieces are read once and not copied."""
-    size, checksum = _digest(payload)
+def seal(
+    header: FrameHeader, payload: Sequence[memoryview | bytes] = (), digest: Callable[[Any], int] = kv_hash.digest
+) -> bytes:
+    """The 64 bytes that go before a payload.
+
+    Args:
+        header: what they say.
+        payload: contiguous pieces of bytes; not copied.
+        digest: reads the payload, once, and tells its xxh3-64.
+    """
     fields = _FIELDS.pack(
         MAGIC,
         PROTOCOL_VERSION,
@@ -97,9 +107,9 @@ def seal(header: FrameHeader, payload: Sequence[memoryview | bytes] = ()) -> byt
         header.num_tokens,
         header.first_head,
         header.num_heads,
-        size,
+        sum(map(len, payload)),
         header.exposed_us,
-        checksum,
+        digest(payload),
     )
     return fields + _CHECKSUM.pack(_own_checksum(fields))
 
@@ -142,16 +152,6 @@ def split(frame: bytes) -> tuple[SealedHeader, memoryview]:
     if payload.nbytes != sealed.payload_bytes:
         raise FrameRefusedError("truncated", f"{payload.nbytes} payload bytes, the header says {sealed.payload_bytes}")
     return sealed, payload
-
-
-def _digest(payload: Sequence[memoryview | bytes]) -> tuple[int, int]:
-    """Bytes, and xxh3-64 of them."""
-    digest = xxhash.xxh3_64()
-    size = 0
-    for piece in payload:
-        digest.update(piece)
-        size += memoryview(piece).nbytes
-    return size, digest.intdigest()
 
 
 def _own_checksum(fields: bytes) -> int:

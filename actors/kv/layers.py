@@ -79,6 +79,7 @@ class HostLayer:
         self._geometry = geometry
         self._data = cache.view(cache.shape[0], -1).view(torch.uint8).numpy()
         self.num_blocks, self.block_bytes = self._data.shape
+        self._bytes = self._data.reshape(-1).data
 
     def mark(self) -> None:
         """A CPU's work is done when the call returns."""
@@ -89,7 +90,8 @@ class HostLayer:
 
     def place(self, block_ids: Sequence[int]) -> list[memoryview]:
         """See `KvLayer.place`; neighbours in the cache come as one piece."""
-        return [self._data[start : start + count].data.cast("B") for start, count in _runs(block_ids)]
+        size = self.block_bytes
+        return [self._bytes[start * size : (start + count) * size] for start, count in _runs(block_ids)]
 
     def write(self, block_ids: Sequence[int], payload: memoryview) -> None:
         """See `KvLayer.write`."""

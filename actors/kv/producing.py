@@ -11,7 +11,7 @@ from joinwise.actors.kv.frames import FLAG_END, MAX_EXPOSED_US, FrameHeader, sea
 from joinwise.actors.kv.layout import WHOLE
 from joinwise.actors.kv.receiving import CODECS
 from joinwise.actors.kv.sending import SendTransfer
-from joinwise.kernels import kv_codec
+from joinwise.kernels import kv_codec, kv_hash
 
 Frame = tuple[bytes, list[memoryview]]
 """A sealed header and its payload, in pieces."""
@@ -44,8 +44,20 @@ class FrameProducer:
         self._blocks = blocks
         self._frame_bytes = frame_bytes
 
-    def frames(self, transfer: SendTransfer, wanted: Wanted, alive: Callable[[], bool]) -> Generator[Frame, None, int]:
+    def frames(
+        self,
+        transfer: SendTransfer,
+        wanted: Wanted,
+        alive: Callable[[], bool],
+        load: Callable[[list[memoryview]], int] = kv_hash.digest,
+    ) -> Generator[Frame, None, int]:
         """All frames of one stream but the last, each as soon as it can be; waits for the prefill.
+
+        Args:
+            transfer: whose.
+            wanted: what of it.
+            alive: says whether the receiver still wants it.
+            load: reads each payload once, and tells its xxh3-64; see `SendLane.load`.
 
         Returns:
             Their number.
@@ -75,7 +87,7 @@ class FrameProducer:
                         len(heads),
                         wanted.encoding,
                     )
-                    raw = seal(header, payload)
+                    raw = seal(header, payload, load)
                     # Looked at after the last read: a checksum of foreign bytes is never sent.
                     if transfer.closed:
                         raise TransferEndedError(transfer.closed)

@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from joinwise.actors.kv.blocks import KvBlocks
 from joinwise.actors.kv.frames import FLAG_END, FrameHeader, FrameRefusedError, SealedHeader, parse, split, transfer_tag
 from joinwise.actors.kv.layout import PLAIN, WHOLE, PeerPlan
-from joinwise.kernels import kv_codec
+from joinwise.kernels import kv_codec, kv_hash
 from joinwise.proto import kv_pb2
 
 CODECS: dict[int, str] = {
@@ -143,21 +145,21 @@ class Importer:
         """
         with self.budget.hold(len(frame)):
             sealed, payload = split(frame)
-            sealed.verify([payload])
+            sealed.verify(kv_hash.digest([payload]))
             if self._is_payload(sealed):
                 with self._unfenced():
                     self._write(sealed.header, payload)
                 self._advance(sealed.header)
             return payload.nbytes
 
-    def receive(self, raw: bytes, receive: Callable[[Sequence[memoryview]], None], *, direct: bool) -> int:
+    def receive(self, raw: bytes, receive: Callable[[Sequence[memoryview]], int], *, direct: bool) -> int:
         """Use one frame whose payload has yet to be read.
 
         What a damaged payload leaves there is nobody's: the blocks are this transfer's, and it fails.
 
         Args:
             raw: its header.
-            receive: fills views with the payload, in order; interrupting the stream ends it.
+            receive: fills views with the payload, in order, and tells its xxh3-64; interrupting the stream ends it.
             direct: let it fill the blocks themselves, where they are in main memory and of one layout.
 
         Returns:
@@ -172,13 +174,11 @@ class Importer:
             return 0
         if direct and self.plan.encoding == WHOLE and (views := self.blocks.place(*self._targets(header))) is not None:
             with self._unfenced():
-                receive(views)
-                sealed.verify(views)
+                sealed.verify(receive(views))
         else:
             with self.budget.hold(size):
-                payload = memoryview(bytearray(size))
-                receive([payload])
-                sealed.verify([payload])
+                payload = np.empty(size, np.uint8).data
+                sealed.verify(receive([payload]))
                 with self._unfenced():
                     self._write(header, payload)
         self._advance(header)

@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent import futures
-from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -156,13 +155,12 @@ class KvServer:
                 return
             context.add_callback(functools.partial(_wake, transfer))
             try:
-                frames = self._producer.frames(transfer, wanted, context.is_active)
                 if request.lane_id:
-                    self._send_on_lane(request.lane_id, context, transfer, frames)
+                    self._send_on_lane(request.lane_id, context, transfer, wanted)
                     outcome, delivered_of = "sent", streams
                     return
                 sequence = 0
-                for raw, payload in frames:
+                for raw, payload in self._producer.frames(transfer, wanted, context.is_active):
                     yield b"".join((raw, *payload))
                     transfer.moved_at = time.monotonic()
                     sequence += 1
@@ -220,7 +218,9 @@ class KvServer:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         raise AssertionError("abort raises")
 
-    def _send_on_lane(self, lane_id: int, context: grpc.ServicerContext, transfer: SendTransfer, frames: Any) -> None:
+    def _send_on_lane(
+        self, lane_id: int, context: grpc.ServicerContext, transfer: SendTransfer, wanted: Wanted
+    ) -> None:
         if self._lanes is None:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this worker has no lanes")
             return
@@ -238,7 +238,7 @@ class KvServer:
         context.add_callback(ended)
         try:
             sequence = 0
-            for raw, payload in frames:
+            for raw, payload in self._producer.frames(transfer, wanted, context.is_active, lane.load):
                 lane.send(raw, payload)
                 transfer.moved_at = time.monotonic()
                 sequence += 1

@@ -257,9 +257,11 @@ class FaultyProducer:
 
         sender.lanes.claim = claim_and_tell  # type: ignore[method-assign]
 
-    def frames(self, transfer: SendTransfer, wanted: Wanted, alive: Callable[[], bool]) -> Generator[Frame, None, int]:
+    def frames(
+        self, transfer: SendTransfer, wanted: Wanted, alive: Callable[[], bool], *load: Callable
+    ) -> Generator[Frame, None, int]:
         """See `FrameProducer.frames`."""
-        frames = self._real.frames(transfer, wanted, alive)
+        frames = self._real.frames(transfer, wanted, alive, *load)
         plan = self.plans.get(transfer.transfer_id)
         self._local.mine = mine = plan is not None and plan.take()
         if plan is None or not mine:

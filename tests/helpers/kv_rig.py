@@ -21,6 +21,7 @@ from joinwise.actors.kv.receiving import Fetch as KvFetch
 from joinwise.actors.kv.receiving import FetchReport, FetchSpec, Importer, LandingBudget
 from joinwise.actors.kv.sending import SendTable, SendTransfer
 from joinwise.actors.kv.server import FETCH, LAYOUT, KvServer
+from joinwise.kernels import kv_hash
 from joinwise.proto import kv_pb2
 
 BLOCK_SIZE = 4
@@ -49,7 +50,7 @@ def make_caches(
 def decode(frame: bytes) -> tuple[FrameHeader, memoryview]:
     """Header and payload of a frame in one piece, both verified."""
     sealed, payload = split(frame)
-    sealed.verify([payload])
+    sealed.verify(kv_hash.digest([payload]))
     return sealed.header, payload
 
 
@@ -385,6 +386,9 @@ class _TamperedLane:
         self.lane = lane
         self._tampers = tampers
         self._frames: list[bytes] = []
+
+    def load(self, payload: Sequence[memoryview]) -> int:
+        return kv_hash.digest(payload)
 
     def send(self, header: bytes, payload: Sequence[memoryview]) -> None:
         self._frames.append(b"".join((header, *payload)))

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import xxhash
 from helpers import lane_peer
 from helpers.certificates import Authority
 from helpers.lane_rig import Call, Rig, eventually, header, nothing_leaks, send_header_only
@@ -117,6 +118,62 @@ def test_read_only_memory_can_be_sent(rig: Rig, lane: tuple[TcpSend, TcpReceive]
     receive.receive([memoryview(landing)])
     sending.result()
     assert landing == b"read-only"
+
+
+@all_kinds
+def test_both_ends_tell_the_checksum_of_what_they_read(rig: Rig, lane: tuple[TcpSend, TcpReceive]) -> None:
+    send, receive = lane
+    for number, (size, pieces) in enumerate([(1, 1), (240, 3), (241, 1), (999_999, 37), (MB, 2500)]):
+        payload = cut(noise(size, number), pieces, seed=number)
+        wanted = xxhash.xxh3_64_intdigest(noise(size, number))
+        assert send.load(payload) == wanted
+        sending = Call(send.send, header(number), payload)
+        assert receive.receive_header() == header(number)
+        landing = np.zeros(size, np.uint8)
+        assert receive.receive(cut(landing, pieces, seed=-number)) == wanted
+        sending.result()
+        assert np.array_equal(landing, noise(size, number))
+
+
+@all_kinds
+def test_what_was_loaded_is_used_once_and_for_its_own_frame_only(rig: Rig, lane: tuple[TcpSend, TcpReceive]) -> None:
+    send, receive = lane
+    first, second = ([noise(1000, seed).data] for seed in (1, 2))
+
+    def run() -> None:
+        send.load(first)
+        send.send(header(0), second)  # the first is dropped
+        send.load(second)
+        send.load(first)
+        send.send(header(1), first)
+        second[0][:] = first[0]
+        send.send(header(2), second)  # read anew
+        first[0][:] = bytes(1000)
+        send.send(header(3), first)  # and this
+
+    sending = Call(run)
+    for number, expected in enumerate([noise(1000, 2), noise(1000, 1), noise(1000, 1), np.zeros(1000, np.uint8)]):
+        assert receive.receive_header() == header(number)
+        landing = np.ones(1000, np.uint8)
+        receive.receive([landing.data])
+        assert np.array_equal(landing, expected)
+    sending.result()
+    assert send.payload_bytes == receive.payload_bytes == 4000
+
+
+def test_shm_does_not_read_a_payload_again_that_it_has_loaded() -> None:
+    rig = Rig("shm")
+    send, receive = rig.pair()
+    payload = [noise(1000, 1).data]
+    send.load(payload)
+    payload[0][:] = bytes(1000)  # somebody else's by now
+    send.send(header(1), payload)
+    assert receive.receive_header() == header(1)
+    landing = np.zeros(1000, np.uint8)
+    receive.receive([landing.data])
+    assert np.array_equal(landing, noise(1000, 1))
+    rig.give_back(send, receive)
+    rig.close()
 
 
 @all_kinds
@@ -420,6 +477,7 @@ def test_shm_sends_as_many_payloads_ahead_as_there_are_slots() -> None:
 def test_a_receiver_that_gives_back_slots_it_never_had_loses_the_lane() -> None:
     rig = Rig("shm")
     send, receive = rig.pair()
+    send.load([memoryview(b"read, and never sent")])  # takes no slot
     receive.wire.send([b"\x01"])
     eventually(lambda: not send.healthy(), "the sender sees it")
     rig.give_back(send, receive)

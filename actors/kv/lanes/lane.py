@@ -81,6 +81,16 @@ class Lane(Protocol):
 class SendLane(Lane, Protocol):
     """The sender's end."""
 
+    def load(self, payload: Sequence[memoryview]) -> int:
+        """Read the payload that is sent next, and tell its xxh3-64.
+
+        A kind that copies payloads does so now; then the bytes that `send` is given in the same list are not read
+        again. Waits while the peer does not read.
+
+        Raises:
+            LaneClosedError, ValueError: as for `send`.
+        """
+
     def send(self, header: bytes, payload: Sequence[memoryview]) -> None:
         """Send one frame; when this returns the payload's memory may change. Waits while the peer does not read.
 
@@ -107,13 +117,16 @@ class ReceiveLane(Lane, Protocol):
             LaneClosedError: no frame will come.
         """
 
-    def receive(self, into: Sequence[memoryview]) -> None:
+    def receive(self, into: Sequence[memoryview]) -> int:
         """Wait for the frame's payload and put it into these contiguous, writable views of bytes, in order.
 
         Nothing is written to them once this has returned or raised.
 
         Args:
             into: views of as many bytes together as the payload has.
+
+        Returns:
+            xxh3-64 of what has been put there.
 
         Raises:
             LaneClosedError: some of it may have been written.

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from joinwise.actors.kv.lanes.lane import HEADER_BYTES, LaneClosedError, LaneOptions, LaneRefusedError
 from joinwise.actors.kv.lanes.tcp import TcpLane, TcpReceive, TcpSend, size_of
 from joinwise.actors.kv.lanes.wire import GarbageError, Wire
+from joinwise.kernels import kv_hash
 
 _SENDER, _RECEIVER = 0, 1
 _FOREVER = timedelta(days=3650)
@@ -209,10 +210,7 @@ class NcclSend(_NcclLane, TcpSend):
             gathered = np.frombuffer(payload[0], np.uint8)
         else:
             gathered = self._host(size_of(payload))
-            offset = 0
-            for piece in payload:
-                gathered[offset : offset + piece.nbytes] = np.frombuffer(piece, np.uint8)
-                offset += piece.nbytes
+            kv_hash.gather(payload, gathered.data)
         self.send_tensor(header, torch.from_numpy(gathered).to(self._device))
 
     def send_tensor(self, header: bytes, payload: torch.Tensor) -> None:
@@ -238,7 +236,7 @@ class NcclReceive(_NcclLane, TcpReceive):
         (self._announced,) = _SIZE.unpack_from(header, HEADER_BYTES)
         return header[:HEADER_BYTES]
 
-    def receive(self, into: Sequence[memoryview]) -> None:
+    def receive(self, into: Sequence[memoryview]) -> int:
         """See `ReceiveLane`; a payload for several views is copied once."""
         pieces = [piece for piece in into if piece.nbytes]
         whole = len(pieces) == 1
@@ -248,11 +246,7 @@ class NcclReceive(_NcclLane, TcpReceive):
         self.receive_tensor(tensor)
         if tensor is not host:
             host.copy_(tensor)
-        if not whole:
-            offset = 0
-            for piece in pieces:
-                np.frombuffer(piece, np.uint8)[:] = gathered[offset : offset + piece.nbytes]
-                offset += piece.nbytes
+        return kv_hash.digest(pieces) if whole else kv_hash.scatter(gathered.data, pieces)
 
     def receive_tensor(self, into: torch.Tensor) -> None:
         """`receive` into one contiguous uint8 tensor on the lane's device."""

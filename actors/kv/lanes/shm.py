@@ -4,8 +4,8 @@ The receiver makes the ring, as a sealed memfd: it has no name that could be lef
 can shorten it under the other's feet. The sender opens it as `/proc/<pid>/fd/<n>` and looks for a random
 nonce in it, so that it finds out by itself whether both are on one host, in one pid namespace and of one user.
 
-Slots are used in turn, one for each payload. The receiver gives a slot back with one byte on the socket;
-a sender without free slots waits for one.
+Slots are used in turn, one for each payload. The receiver gives a slot back with one byte on the socket, some slots at
+a time; a sender without free slots waits for one. Each end passes over the bytes once: what it copies it hashes.
 """
 
 import fcntl
@@ -16,11 +16,10 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from joinwise.actors.kv.lanes.lane import LaneClosedError, LaneOptions, LaneRefusedError, fits
 from joinwise.actors.kv.lanes.tcp import TcpLane, TcpReceive, TcpSend, size_of
 from joinwise.actors.kv.lanes.wire import GarbageError, Wire
+from joinwise.kernels import kv_hash
 
 _NAME = "joinwise-lane"
 _NONCE_BYTES = 16
@@ -44,39 +43,37 @@ class Ring:
     def __init__(self, descriptor: int, slots: int, slot_bytes: int) -> None:
         self.slots, self.slot_bytes = slots, slot_bytes
         flags = mmap.MAP_SHARED | mmap.MAP_POPULATE  # no page faults while payloads travel
-        self._bytes = np.frombuffer(mmap.mmap(descriptor, _SLOTS_AT + slots * slot_bytes, flags), np.uint8)
+        self._bytes = memoryview(mmap.mmap(descriptor, _SLOTS_AT + slots * slot_bytes, flags))
         self._next = 0
 
     @property
     def nonce(self) -> bytes:
         """What stands at its beginning."""
-        return self._bytes[:_NONCE_BYTES].tobytes()
+        return bytes(self._bytes[:_NONCE_BYTES])
 
     @nonce.setter
     def nonce(self, value: bytes) -> None:
-        self._bytes[:_NONCE_BYTES] = np.frombuffer(value, np.uint8)
+        self._bytes[:_NONCE_BYTES] = value
 
-    def put(self, pieces: Sequence[memoryview]) -> None:
-        """Copy a payload to the next slot."""
-        offset = self._turn()
-        for piece in pieces:
-            self._bytes[offset : offset + piece.nbytes] = np.frombuffer(piece, np.uint8)
-            offset += piece.nbytes
+    def put(self, pieces: Sequence[memoryview]) -> int:
+        """Copy a payload to the slot whose turn it is; its xxh3-64."""
+        return kv_hash.gather(pieces, self._slot())
 
-    def take(self, into: Sequence[memoryview]) -> None:
-        """Copy the payload of the next slot to these views."""
-        offset = self._turn()
-        for piece in into:
-            np.frombuffer(piece, np.uint8)[:] = self._bytes[offset : offset + piece.nbytes]
-            offset += piece.nbytes
+    def take(self, into: Sequence[memoryview]) -> int:
+        """Copy the payload of that slot to these views; its xxh3-64."""
+        return kv_hash.scatter(self._slot(), into)
+
+    def turn(self) -> None:
+        """The next slot's turn."""
+        self._next = (self._next + 1) % self.slots
 
     def close(self) -> None:
         """Unmap it."""
-        self._bytes = np.empty(0, np.uint8)
+        self._bytes = memoryview(b"")
 
-    def _turn(self) -> int:
-        slot, self._next = self._next, (self._next + 1) % self.slots
-        return _SLOTS_AT + slot * self.slot_bytes
+    def _slot(self) -> memoryview:
+        start = _SLOTS_AT + self._next * self.slot_bytes
+        return self._bytes[start : start + self.slot_bytes]
 
 
 class _ShmLane(TcpLane):
@@ -107,15 +104,27 @@ class ShmSend(_ShmLane, TcpSend):
     def __init__(self, wire: Wire, ring: Ring) -> None:
         super().__init__(wire, ring)
         self._free = ring.slots
+        self._loaded: Sequence[memoryview] | None = None  # what the slot whose turn it is holds
+
+    def load(self, payload: Sequence[memoryview]) -> int:
+        """See `SendLane`."""
+        self._loaded = None
+        self._check(size_of(payload))
+        if not self._free and not self._expected(self.wire.receive_some(_CREDITS)):
+            raise LaneClosedError("the peer has given back slots that it did not have")
+        checksum = self._ring.put(payload)
+        self._loaded = payload
+        return checksum
 
     def send(self, header: bytes, payload: Sequence[memoryview]) -> None:
         """See `SendLane`; ValueError for a payload that is larger than a slot."""
         size = size_of(payload)
         self._check(size)
         if size:
-            if not self._free and not self._expected(self.wire.receive_some(_CREDITS)):
-                raise LaneClosedError("the peer has given back slots that it did not have")
-            self._ring.put([piece for piece in payload if piece.nbytes])
+            if self._loaded is not payload:
+                self.load(payload)
+            self._loaded = None
+            self._ring.turn()
             self._free -= 1
         self.wire.send([header])
         self.payload_bytes += size
@@ -128,14 +137,24 @@ class ShmSend(_ShmLane, TcpSend):
 class ShmReceive(_ShmLane, TcpReceive):
     """The receiver's end."""
 
-    def receive(self, into: Sequence[memoryview]) -> None:
+    def __init__(self, wire: Wire, ring: Ring) -> None:
+        super().__init__(wire, ring)
+        self._taken = 0
+        self._at_once = max(1, ring.slots // 4)  # fewer wakings, and the sender never runs out of slots for it
+
+    def receive(self, into: Sequence[memoryview]) -> int:
         """See `ReceiveLane`; ValueError for a payload that is larger than a slot."""
         size = size_of(into)
         self._check(size)
+        checksum = self._ring.take(into)
         if size:
-            self._ring.take([piece for piece in into if piece.nbytes])
-            self.wire.send([_CREDIT])
+            self._ring.turn()
+            self._taken += 1
+            if self._taken == self._at_once:
+                self.wire.send([_CREDIT * self._taken])
+                self._taken = 0
         self.payload_bytes += size
+        return checksum
 
 
 def connect(wire: Wire, hello: dict[str, Any], options: LaneOptions) -> ShmReceive:

@@ -8,6 +8,7 @@ from typing import Any
 
 from joinwise.actors.kv.lanes.lane import HEADER_BYTES, LaneClosedError, LaneOptions
 from joinwise.actors.kv.lanes.wire import Wire
+from joinwise.kernels import kv_hash
 
 
 class TcpLane:
@@ -46,6 +47,10 @@ class TcpLane:
 class TcpSend(TcpLane):
     """The sender's end; see `SendLane`."""
 
+    def load(self, payload: Sequence[memoryview]) -> int:
+        """See `SendLane`."""
+        return kv_hash.digest(payload)
+
     def send(self, header: bytes, payload: Sequence[memoryview]) -> None:
         """See `SendLane`."""
         self.wire.send([header, *payload])
@@ -61,10 +66,11 @@ class TcpReceive(TcpLane):
         """See `ReceiveLane`."""
         return self.wire.receive(HEADER_BYTES)
 
-    def receive(self, into: Sequence[memoryview]) -> None:
+    def receive(self, into: Sequence[memoryview]) -> int:
         """See `ReceiveLane`."""
         self.wire.receive_into(into)
         self.payload_bytes += size_of(into)
+        return kv_hash.digest(into)
 
 
 def size_of(pieces: Sequence[memoryview]) -> int:
