@@ -6,7 +6,15 @@ from typing import Annotated
 
 import typer
 
-from joinwise.cluster.cli import config_command, doctor_command, explain_command, keys_command, status_command, talk
+from joinwise.cluster.cli import (
+    config_command,
+    doctor_command,
+    explain_command,
+    keys_command,
+    simulate_command,
+    status_command,
+    talk,
+)
 from joinwise.cluster.cli.shell import Shell
 
 app = typer.Typer(
@@ -21,6 +29,7 @@ app.command()(status_command.status)
 app.command()(explain_command.explain)
 app.command()(talk.chat)
 app.command()(talk.generate)
+app.command()(simulate_command.simulate)
 app.add_typer(config_command.app, name="config")
 app.add_typer(keys_command.app, name="keys")
 app.command()(doctor_command.doctor)

@@ -1,0 +1,271 @@
+"""The router that serves, on a virtual clock: the same Python, the same Lua, on an embedded Redis.
+
+Calls to Redis are gathered and sent as one pipeline. Two decisions need not wait for each other while nothing that the
+first one causes can happen before the second is made: the shortest step of an engine bounds that from below
+(conservative lookahead, Chandy and Misra 1979). So the result is, to the bit, that of one call after another; a test
+compares them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Coroutine, Generator, Iterable
+from typing import Any
+
+import redis
+from redis.asyncio import Redis
+
+from joinwise.cluster.config_model import RouterConfig
+from joinwise.cluster.errors import NoWorkerError, ObjectiveError, OverloadedError, StoreUnavailableError
+from joinwise.cluster.router.registry import Registry, WorkerInfo, WorkerLoad
+from joinwise.cluster.router.router import Assignment, Demand, Router
+from joinwise.cluster.simulate.engine import Engine
+from joinwise.cluster.simulate.job import Job
+from joinwise.cluster.simulate.policy import Choice
+from joinwise.cluster.simulate.simulator import Simulation
+from joinwise.cluster.store.embedded import EmbeddedRedis
+
+_MODEL = "m"
+_NUMBERS = itertools.count()
+_EPOCH_MS = 1_700_000_000_000
+_DAY_S = 86_400.0
+_TYPICAL_PROMPT = 1024
+_TYPICAL_BATCH = 32
+_ARRIVAL, _FIRST, _END = 0, 1, 2
+
+
+class _Command:
+    """What a coroutine awaits: one command to Redis."""
+
+    __slots__ = ("packed",)
+
+    def __init__(self, packed: bytes) -> None:
+        self.packed = packed
+
+    def __await__(self) -> Generator[_Command, Any, Any]:
+        return (yield self)
+
+
+class _Recorder(Redis):
+    """A client whose commands are handed to whoever drives the coroutine, instead of being sent."""
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        return await _Command(_packed(args))
+
+
+def _packed(args: tuple[Any, ...]) -> bytes:
+    """A command in Redis' protocol."""
+    words = (*args[0].split(), *args[1:])  # redis-py names some commands with two words
+    parts = [b"*%d\r\n" % len(words)]
+    for each in words:
+        data = each if isinstance(each, bytes) else str(each).encode()
+        parts.append(b"$%d\r\n%b\r\n" % (len(data), data))
+    return b"".join(parts)
+
+
+class Pipeline:
+    """Drives coroutines that talk to Redis through a `_Recorder`: each round sends one command of every one of them."""
+
+    def __init__(self, url: str) -> None:
+        self._pool = redis.ConnectionPool.from_url(url, decode_responses=True)
+        self._connection = self._pool.get_connection()
+
+    def close(self) -> None:
+        """Disconnect."""
+        self._pool.disconnect()
+
+    def one(self, call: Coroutine[Any, Any, Any]) -> Any:
+        """Run a single coroutine; raises what it raises."""
+        return self._finish(call, call.send(None))
+
+    def all(self, calls: Iterable[tuple[float, Coroutine[Any, Any, Any]]], clock: VirtualClock) -> list[Any]:
+        """Run coroutines, each begun at its own time; returns results, or the errors of joinwise that they raised."""
+        begun = []
+        for now, call in calls:
+            clock.now = now
+            begun.append((call, call.send(None)))
+        try:
+            self._send(command for _, command in begun)
+            replies = [self._reply() for _ in begun]
+        except redis.ConnectionError as error:
+            raise StoreUnavailableError("the simulator's Redis is gone") from error
+        results: list[Any] = []
+        for (call, _), reply in zip(begun, replies, strict=True):
+            try:
+                results.append(self._resume(call, reply))
+            except (NoWorkerError, OverloadedError, ObjectiveError) as error:
+                results.append(error)
+        return results
+
+    def _reply(self) -> Any:
+        try:
+            return self._connection.read_response()
+        except redis.ResponseError as error:
+            return error
+
+    def _send(self, commands: Iterable[_Command]) -> None:
+        packed = b"".join(command.packed for command in commands)
+        self._connection.send_packed_command([packed])  # type: ignore[no-untyped-call]
+
+    def _finish(self, call: Coroutine[Any, Any, Any], command: _Command) -> Any:
+        self._send([command])
+        return self._resume(call, self._reply())
+
+    def _resume(self, call: Coroutine[Any, Any, Any], reply: Any) -> Any:
+        """Go on with a reply; what it asks further is sent at once."""
+        while True:
+            try:
+                command = call.throw(reply) if isinstance(reply, Exception) else call.send(reply)
+            except StopIteration as done:
+                return done.value
+            self._send([command])
+            reply = self._reply()
+
+
+class VirtualClock:
+    """Milliseconds of the simulation, as the router asks for them."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> int:
+        return _EPOCH_MS + int(self.now * 1000)
+
+
+class LiveRouter:
+    """A policy that asks the router. Use it as a context: it holds a Redis.
+
+    Args:
+        simulation: whose engines register.
+        settings: the cluster's `router` section.
+        ahead: gather decisions; False asks one at a time.
+    """
+
+    def __init__(
+        self, simulation: Simulation, settings: RouterConfig, server: EmbeddedRedis, *, ahead: bool = True
+    ) -> None:
+        self._simulation = simulation
+        self._engines = {engine.worker_id: engine for engine in simulation.engines}
+        self._clock = VirtualClock()
+        settings = settings.model_copy(
+            update={"worker_ttl_s": _DAY_S, "lease_s": _DAY_S, "queue_timeout_s": 0.0, "decisions_kept": 0}
+        )
+        recorder = _Recorder()
+        self.cluster = cluster = f"simulated-{next(_NUMBERS)}"
+        self._router = Router(recorder, cluster, settings, self._clock)
+        self._registry = Registry(recorder, cluster, settings, self._clock)
+        self._pipeline = Pipeline(server.url)
+        self._least_s = min(engine.kind.least_s for engine in simulation.engines) if ahead else 0.0
+        self._answers: dict[Job, Assignment | Exception] = {}
+        self._leases: dict[Job, Assignment] = {}
+        self._owed: list[tuple[float, Job, int]] = []
+        self.calls = self.rounds = 0
+        for engine in simulation.engines:
+            self._join(engine)
+        self._warm_up()
+
+    def close(self) -> None:
+        """Disconnect."""
+        self._pipeline.close()
+
+    def flush(self) -> None:
+        """Tell the router of all that has happened, so that it holds nothing once every request has ended."""
+        self._flush([])
+
+    # --- Policy ---
+
+    def route(self, job: Job, now: float) -> Choice | None:
+        """The router's choice, asked for together with all that is certain to happen in the next moment."""
+        answer = self._answers.pop(job, None)
+        if answer is None:
+            until = now + self._least_s
+            self._flush(sorted(self._simulation.soon(until)) if self._least_s else [(now, 0, job.index, job, _ARRIVAL)])
+            answer = self._answers.pop(job)
+        if isinstance(answer, Exception):
+            if isinstance(answer, NoWorkerError):
+                raise answer
+            return None
+        self._leases[job] = answer
+        decode = self._engines[answer.decode.worker_id]
+        return Choice(self._engines[answer.prefill.worker_id] if answer.prefill else decode, decode)
+
+    def first_token(self, job: Job, choice: Choice, now: float) -> None:
+        """Give the prompt's tokens back, unless that was foreseen."""
+        if job.told < _FIRST:
+            job.told = _FIRST
+            self._owed.append((now, job, _FIRST))
+
+    def sent(self, job: Job, choice: Choice) -> None:
+        """Nothing: the router counts no transfers."""
+
+    def ended(self, job: Job, choice: Choice, now: float) -> None:
+        """Settle the lease, unless that was foreseen."""
+        if job.told < _END:
+            job.told = _END
+            self._owed.append((now, job, _END))
+
+    def idle(self, engine: Engine, now: float) -> None:
+        """Nothing: the router sends workers home by itself."""
+
+    # --- Redis ---
+
+    def _flush(self, ahead: list[tuple[float, int, int, Job, int]]) -> None:
+        """Send what is owed, then what is certain to happen."""
+        todo = [(now, job, what) for now, job, what in self._owed]
+        for now, _, _, job, what in ahead:
+            if what != _ARRIVAL:
+                job.told = what
+            todo.append((now, job, what))
+        self._owed.clear()
+        if not todo:
+            return
+        self.calls += len(todo)
+        self.rounds += 1
+        results = self._pipeline.all(((now, self._call(job, what)) for now, job, what in todo), self._clock)
+        for (_, job, what), result in zip(todo, results, strict=True):
+            if what == _ARRIVAL:
+                self._answers[job] = result
+
+    def _call(self, job: Job, what: int) -> Coroutine[Any, Any, Any]:
+        if what == _ARRIVAL:
+            return self._router.route(Demand(str(job.index), _MODEL, job.prompt, job.output))
+        if what == _FIRST:
+            return self._router.prefill_done(self._leases[job])
+        return self._router.settle(self._leases.pop(job), job.output)
+
+    def _join(self, engine: Engine) -> None:
+        kind = engine.kind
+        info = WorkerInfo(
+            worker_id=engine.worker_id,
+            epoch=0,
+            model=_MODEL,
+            pool=engine.home,
+            role=engine.home,
+            fingerprint=kind.name,
+            model_digest="",
+            engine_address=engine.worker_id,
+            kv_address="",
+            metrics_address="",
+            capabilities=frozenset(),
+            kv_layout="",
+            max_model_len=kind.kv_tokens,
+            block_size=1,
+            num_blocks=kind.kv_tokens,
+            max_num_seqs=256,
+            adapters=frozenset(),
+            vllm_version="",
+            protocol_version=1,
+            started_ms=0,
+        )
+        load = WorkerLoad(
+            prefill_tokens_per_s=_TYPICAL_PROMPT / kind.prefill(_TYPICAL_PROMPT),
+            decode_step_ms=kind.batch(_TYPICAL_BATCH) * 1000,
+        )
+        epoch = self._pipeline.one(self._registry.register(info))
+        self._pipeline.one(self._registry.heartbeat(engine.worker_id, epoch, load))
+
+    def _warm_up(self) -> None:
+        """Teach Redis the scripts, so that nothing is sent twice later on."""
+        lease = self._pipeline.one(self._router.route(Demand("warm-up", _MODEL, 1, 1)))
+        self._pipeline.one(self._router.prefill_done(lease))
+        self._pipeline.one(self._router.settle(lease, 1))

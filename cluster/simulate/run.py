@@ -1,0 +1,96 @@
+"""One simulation as a command asks for it, and the file that it writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from joinwise.cluster.config_model import RouterConfig
+from joinwise.cluster.errors import ConfigError
+from joinwise.cluster.simulate.live_router import LiveRouter
+from joinwise.cluster.simulate.policy import POLICIES
+from joinwise.cluster.simulate.pools import PoolSpec
+from joinwise.cluster.simulate.profile import Profile
+from joinwise.cluster.simulate.report import figures, rows
+from joinwise.cluster.simulate.simulator import MODELS, Outcome, Simulation
+from joinwise.cluster.simulate.trace import Trace
+from joinwise.cluster.store.embedded import EmbeddedRedis
+
+#: Policies that ask the real router, by its `split`.
+LIVE: Mapping[str, Literal["auto", "always"]] = {"auto": "auto", "always": "always"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """A simulation's outcome, with the figures of it."""
+
+    outcome: Outcome
+    figures: dict[str, float]
+    rows: list[dict[str, Any]]
+
+
+def simulate(
+    trace: Trace,
+    pools: Sequence[PoolSpec],
+    profile: Profile,
+    *,
+    model: str = "vllm",
+    policy: str | None = None,
+    seed: int = 0,
+    server: EmbeddedRedis | None = None,
+) -> Result:
+    """Run a trace through a cluster.
+
+    Args:
+        model: "vllm", or "splitwise" for the assumptions of SplitwiseSim.
+        policy: one of `POLICIES`, or of `LIVE`; None is the model's own.
+        seed: of policies that draw lots.
+        server: a Redis for the live router; without one it starts its own.
+
+    Raises:
+        ConfigError: an unknown model, policy or kind, or requests that no machine could hold.
+        StoreStartError: the live router finds no Redis to start.
+    """
+    try:
+        assumed = MODELS[model]
+    except KeyError:
+        raise ConfigError(f"unknown model {model!r}; there are {', '.join(MODELS)}") from None
+    policy = policy or assumed.policy
+    if policy in POLICIES:
+        outcome = Simulation(trace, pools, profile, assumed, lambda run: POLICIES[policy](run.engines, seed)).run()
+    elif policy in LIVE:
+        settings = RouterConfig(split=LIVE[policy], max_pending_tokens=1 << 30)
+        with ExitStack() as stack:
+            if server is None:
+                server = EmbeddedRedis.start()
+                stack.callback(server.stop)
+            redis = server
+
+            def live(run: Simulation) -> LiveRouter:
+                router = LiveRouter(run, settings, redis)
+                stack.callback(router.close)
+                return router
+
+            outcome = Simulation(trace, pools, profile, assumed, live).run()
+    else:
+        raise ConfigError(f"unknown policy {policy!r}; there are {', '.join((*LIVE, *POLICIES))}")
+    found = figures(outcome, profile, assumed.tbt_over_all)
+    return Result(outcome, found, rows(outcome, pools))
+
+
+def write(path: Path, figures: Mapping[str, float], rows: Sequence[Mapping[str, Any]], **about: Any) -> None:
+    """Write a result file in the form that every command of joinwise shares."""
+    try:
+        commit = version("joinwise")
+    except PackageNotFoundError:
+        commit = ""
+    machine = {"cores": os.cpu_count(), "python": platform.python_version(), **about}
+    result = {"bench": "simulate", "commit": commit, "machine": machine, "figures": figures, "rows": rows}
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,222 @@
+"""The simulation: events in the order of a virtual clock, from the first arrival to the last token.
+
+The same trace, cluster, policy and seed give the same result, to the last bit. No request is lost: each ends, or was
+refused, and generates exactly its tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+
+from joinwise.cluster.errors import ConfigError
+from joinwise.cluster.simulate.engine import Engine, World
+from joinwise.cluster.simulate.engine_splitwise import SplitwiseEngine
+from joinwise.cluster.simulate.engine_vllm import VllmEngine
+from joinwise.cluster.simulate.job import Job
+from joinwise.cluster.simulate.link import Links
+from joinwise.cluster.simulate.policy import Choice, Policy
+from joinwise.cluster.simulate.pools import PoolSpec
+from joinwise.cluster.simulate.profile import Coverage, Kind, Profile
+from joinwise.cluster.simulate.trace import Trace
+
+#: A cache that finds no room at its destination is offered again after so long.
+RETRY_S = 1.0
+EngineType = Callable[[str, Kind, str, World], Engine]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a simulation assumes of engines and links.
+
+    Attributes:
+        name: "vllm" or "splitwise".
+        engine: makes an engine.
+        links: makes the network.
+        tbt_over_all: time between tokens is over all tokens, as SplitwiseSim has it, not over the gaps between them.
+        policy: the usual one.
+    """
+
+    name: str
+    engine: EngineType
+    links: Callable[[], Links]
+    tbt_over_all: bool
+    policy: str
+
+
+MODELS = {
+    "vllm": Model("vllm", VllmEngine, Links, tbt_over_all=False, policy="auto"),
+    "splitwise": Model(
+        "splitwise",
+        SplitwiseEngine,
+        lambda: Links(bytes_s=200 * 1024**3, contended=False, overlap=False),
+        tbt_over_all=True,
+        policy="splitwise",
+    ),
+}
+
+
+@dataclass
+class Outcome:
+    """What came of a simulation.
+
+    Attributes:
+        jobs: every request, by arrival.
+        seconds: virtual time of the last event.
+        events: how many there were.
+        refused: requests that the policy turned away.
+        sent_bytes: KV caches over links.
+        busy_s: seconds in which each engine computed.
+        beyond: what the profile was asked for beyond its measurements, and how often.
+    """
+
+    jobs: Sequence[Job]
+    seconds: float
+    events: int
+    refused: int
+    sent_bytes: float
+    busy_s: dict[str, float]
+    beyond: dict[str, int] = field(default_factory=dict)
+
+
+class Simulation:
+    """One run. `policy` is made from the engines; `run` may be called once."""
+
+    def __init__(
+        self,
+        trace: Trace,
+        pools: Sequence[PoolSpec],
+        profile: Profile,
+        model: Model,
+        make_policy: Callable[[Simulation], Policy],
+    ) -> None:
+        self.coverage = Coverage()
+        self.engines = [
+            model.engine(f"{pool.home}-{pool.kind}-{index}", profile.kind(pool.kind), pool.home, self)
+            for pool in pools
+            for index in range(pool.size)
+        ]
+        _check_lengths(trace, self.engines)
+        self.jobs = [Job(index, arrival) for index, arrival in enumerate(trace.arrivals)]
+        self.links = model.links()
+        self.now = 0.0
+        self.refused = 0
+        self.events = 0
+        self._next = 0
+        self._order = 0
+        self._heap: list[tuple[float, int, Engine | Job, int]] = []
+        self._choices: dict[Job, Choice] = {}
+        self.policy = make_policy(self)
+
+    def run(self) -> Outcome:
+        """Until nothing is left to happen."""
+        jobs, heap = self.jobs, self._heap
+        while True:
+            if self._next < len(jobs) and (not heap or jobs[self._next].at <= heap[0][0]):
+                job = jobs[self._next]
+                self._next += 1
+                self.now = job.at
+                self._arrive(job)
+            elif heap:
+                at, _, what, version = heappop(heap)
+                if isinstance(what, Engine):
+                    if what.version != version:
+                        continue
+                    self.now = at
+                    what.finish(at)
+                else:
+                    self.now = at
+                    self._transfer(what, version)
+            else:
+                break
+            self.events += 1
+        stuck = sum(job.end < 0 for job in jobs) - self.refused
+        if stuck:
+            raise ConfigError(f"{stuck} requests never ended: no machine has room for them together; add machines")
+        return Outcome(
+            jobs=jobs,
+            seconds=self.now,
+            events=self.events,
+            refused=self.refused,
+            sent_bytes=self.links.sent_bytes,
+            busy_s={engine.worker_id: engine.busy_s for engine in self.engines},
+            beyond=dict(self.coverage.beyond),
+        )
+
+    def soon(self, until: float) -> Iterator[tuple[float, int, int, Job, int]]:
+        """Arrivals, first tokens and ends before `until` that nothing can change any more if `until` is no further off
+        than the shortest step: (time, 0 for an arrival, order, request, 0 arrival, 1 first token, 2 end)."""
+        for job in self.jobs[self._next - 1 :]:
+            if job.at >= until:
+                break
+            yield job.at, 0, job.index, job, 0
+        stack = [0]
+        while stack:  # a heap's children come no earlier than their parent
+            place = stack.pop()
+            if place >= len(self._heap) or self._heap[place][0] >= until:
+                continue
+            at, order, what, version = self._heap[place]
+            stack += (2 * place + 1, 2 * place + 2)
+            if isinstance(what, Engine) and what.version == version:
+                for number, (job, last) in enumerate(what.finishing()):
+                    yield at, 1, (order << 12) + number, job, 2 if last else 1
+
+    # --- what engines tell ---
+
+    def wake(self, at: float, engine: Engine, version: int) -> None:
+        """See World."""
+        self._push(at, engine, version)
+
+    def first_token(self, job: Job, engine: Engine, now: float) -> None:
+        """See World."""
+        choice = self._choices[job]
+        self.policy.first_token(job, choice, now)
+        if choice.prefill is not choice.decode and job.output > 1:
+            self._transfer(job, 0)
+
+    def ended(self, job: Job, engine: Engine, now: float) -> None:
+        """See World."""
+        self.policy.ended(job, self._choices.pop(job), now)
+
+    def idle(self, engine: Engine, now: float) -> None:
+        """See World."""
+        self.policy.idle(engine, now)
+
+    # --- events ---
+
+    def _push(self, at: float, what: Engine | Job, version: int) -> None:
+        self._order += 1
+        heappush(self._heap, (at, self._order, what, version))
+
+    def _arrive(self, job: Job) -> None:
+        choice = self.policy.route(job, self.now)
+        if choice is None:
+            self.refused += 1
+            return
+        self._choices[job] = choice
+        choice.prefill.submit(job, "whole" if choice.prefill is choice.decode else "prefill", self.now)
+
+    def _transfer(self, job: Job, done: int) -> None:
+        """A prompt's KV: sent (0) as soon as there is room for it, and then (1) there."""
+        choice = self._choices[job]
+        if done:
+            choice.prefill.released(job, self.now)
+            self.policy.sent(job, choice)
+            choice.decode.submit(job, "decode", self.now)
+        elif choice.decode.can_take(job):
+            choice.decode.expect(job)
+            self._push(self.links.arrival(job, choice.prefill, choice.decode, self.now), job, 1)
+        else:
+            self._push(self.now + RETRY_S, job, 0)
+
+
+def _check_lengths(trace: Trace, engines: Sequence[Engine]) -> None:
+    """Every request must fit into the KV memory of any engine it could get."""
+    least = min(engines, key=lambda engine: engine.kind.kv_tokens)
+    for number, each in enumerate(trace.arrivals, 1):
+        if each.prompt + each.output > least.kind.kv_tokens:
+            raise ConfigError(
+                f"request {number} of {trace.name} has {each.prompt} + {each.output} tokens, "
+                f"and {least.worker_id} has room for {least.kind.kv_tokens} tokens of KV cache"
+            )
