@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 # Ray reads these when it is imported. An actor's lines reach the log as they are: its name in front, none left out,
-# no colours. Nobody is told that we run.
+# no colours. Nobody is told that we run. Engines are what a machine is there for: they are not run at niceness 15.
 for _name, _value in {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_COLOR_PREFIX": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",
 }.items():
     os.environ.setdefault(_name, _value)
 

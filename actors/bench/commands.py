@@ -1,5 +1,7 @@
 """`joinwise bench ...`: every claim about speed comes from one of these."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +12,16 @@ from rich.table import Table
 bench = typer.Typer(help="Measure against a named baseline, in the same run.", no_args_is_help=True)
 console = Console(stderr=True, highlight=False)
 Json = Annotated[Path | None, typer.Option("--json", help="Write figures, rows and the machine's description here")]
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Shows what is being done: in one line of a terminal, line by line elsewhere."""
+    if not console.is_terminal:
+        yield lambda line: console.print(line, markup=False)
+        return
+    with console.status("starting") as status:
+        yield status.update
 
 
 @bench.callback()
@@ -28,8 +40,8 @@ def serve(
     from joinwise.actors.bench import report
     from joinwise.actors.bench.serve import run
 
-    with console.status("starting") as status:
-        figures, rows = run(requests, max_tokens, dtype or ["float32", "bfloat16"], status.update)
+    with _progress() as say:
+        figures, rows = run(requests, max_tokens, dtype or ["float32", "bfloat16"], say)
     table = Table("figure", "value", title="joinwise bench serve")
     for name, value in figures.items():
         table.add_row(name, f"{value:g}")
@@ -59,8 +71,8 @@ def handoff(
     sides = [Side(each, how, rate) for rate in link or [""] for each in transports for how in codecs]
     if said := kv_nixl.missing():
         console.print(f"not measured: {said}")
-    with console.status("starting") as status:
-        figures, rows = run(sides, dtype, repeats, not said, status.update)
+    with _progress() as say:
+        figures, rows = run(sides, dtype, repeats, not said, say)
     table = Table(*rows[0], title="joinwise bench handoff")
     for row in rows:
         table.add_row(
@@ -87,8 +99,8 @@ def gateway(
     from joinwise.actors.bench import report
     from joinwise.actors.bench.gateway import run
 
-    with console.status("starting") as status:
-        figures, rows, missing = run(requests, at_once, rounds, status.update)
+    with _progress() as say:
+        figures, rows, missing = run(requests, at_once, rounds, say)
     for line in missing:
         console.print(f"not measured: {line}")
     for row in rows:
@@ -109,8 +121,8 @@ def router(
     from joinwise.actors.bench import report
     from joinwise.actors.bench.route import run
 
-    with console.status("starting") as status:
-        figures, rows = run(decisions, race, status.update)
+    with _progress() as say:
+        figures, rows = run(decisions, race, say)
     table = Table("figure", "value", title="joinwise bench router")
     for name, value in figures.items():
         table.add_row(name, f"{value:g}")
@@ -124,14 +136,16 @@ def router(
 def kv(
     size: Annotated[list[int] | None, typer.Option(help="Megabytes moved at once; 1 to 256 by default", min=1)] = None,
     repeats: Annotated[int, typer.Option(help="Pairs of measurements for each median", min=1)] = 7,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Memory of a GPU at either end, and its kernels, instead")] = False,
     json: Json = None,
 ) -> None:
     """The KV transports against blocking TCP and NIXL; packing and codecs against memcpy."""
     from joinwise.actors.bench import kv as bench_kv
-    from joinwise.actors.bench import report
+    from joinwise.actors.bench import kv_device, report
 
-    with console.status("starting") as status:
-        figures, rows = bench_kv.run(size or bench_kv.SIZES_MB, repeats, status.update)
+    with _progress() as say:
+        measure = kv_device.run if gpu else bench_kv.run
+        figures, rows = measure(size or bench_kv.SIZES_MB, repeats, say)
     table = Table("figure", "value", "at least", title="joinwise bench kv")
     for name, value in figures.items():
         target = bench_kv.TARGETS.get(name)
@@ -141,3 +155,23 @@ def kv(
     if json is not None:
         ends = "two processes, one core each; medians of alternated pairs; figures of sizes from 16 MB on"
         report.write(json, "kv", figures, rows, report.machine(ends=ends, repeats=repeats))
+
+
+@bench.command()
+def simulate(
+    requests: Annotated[int, typer.Option(help="Requests of the run over 1,000 machines", min=1000)] = 1_000_000,
+    json: Json = None,
+) -> None:
+    """The simulator with the real router: requests a second, memory, and whether the same seed gives the same bytes."""
+    from joinwise.actors.bench import report
+    from joinwise.actors.bench.simulate import run
+
+    with _progress() as say:
+        figures, rows = run(requests, say)
+    table = Table("figure", "value", title="joinwise bench simulate")
+    for name, value in figures.items():
+        table.add_row(name, f"{value:g}")
+    Console().print(table)
+    if json is not None:
+        sides = "one process and one embedded Redis a run; both share the cores"
+        report.write(json, "simulate", figures, rows, report.machine(sides=sides))
