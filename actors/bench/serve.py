@@ -113,7 +113,7 @@ async def compare(
     clients = {side: httpx.AsyncClient(base_url=url, timeout=600) for side, url in urls.items()}
     try:
         for client in clients.values():
-            for warm in prompts(6, seed=99)[3:]:  # short ones: bfloat16 is slow where the CPU has no instructions for it
+            for warm in prompts(6, seed=99)[3:]:  # short: bfloat16 is slow on a CPU without instructions for it
                 await ask(client, warm, 4)
         for number, prompt in enumerate(requests, 1):
             order = list(clients) if number % 2 else list(reversed(clients))
