@@ -180,7 +180,7 @@ class Racer:
 
 async def _race(url: str, cluster: str, decisions: int, seed: int) -> Racer:
     client, rng, seen = connect(url), random.Random(seed), Racer()  # noqa: S311
-    router, keys = Router(client, cluster, _RACE_SETTINGS), Keys(cluster)
+    router, registry = Router(client, cluster, _RACE_SETTINGS), Registry(client, cluster, _RACE_SETTINGS)
     held: list[Assignment] = []
     for number in range(decisions):
         try:
@@ -191,13 +191,12 @@ async def _race(url: str, cluster: str, decisions: int, seed: int) -> Racer:
             continue
         seen.granted += 1
         held.append(lease)
-        for chosen in filter(None, (lease.prefill, lease.decode)):
-            pending = await client.hmget(keys.worker(chosen.worker_id), "prefill", "decode")
-            seen.violations += sum(int(tokens or 0) for tokens in pending) > _RACE_LIMIT
+        taken = [chosen.worker_id for chosen in (lease.prefill, lease.decode) if chosen]
+        seen.violations += sum(state.pending_tokens > _RACE_LIMIT for state in await registry.states_of(taken))
         if rng.random() < 0.7:
             await router.prefill_done(lease)
         if number % 50 == 0:
-            states = await Registry(client, cluster, _RACE_SETTINGS).states()
+            states = await registry.states()
             loads = [float(state.pending_decode) for state in states if state.info.pool == "decode"]
             seen.imbalance.append(max(loads) / max(1.0, statistics.mean(loads)))
         while len(held) > 20:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,18 +17,20 @@ ANYONE = "*"
 _NO_LIMITS = TenantConfig()
 
 
-def rules(settings: RouterConfig) -> tuple[int | str, ...]:
-    """What holds for every request, in the order in which `route.lua` reads it."""
-    return (
-        int(settings.split == "auto"),
+def rules(settings: RouterConfig) -> bytes:
+    """What holds for every request, packed in the order in which `route.lua` reads it."""
+    return struct.pack(
+        ">11d",
+        settings.split == "auto",
+        settings.moves,
         settings.max_pending_tokens,
         settings.max_queue,
-        str(settings.spill_ms),
-        str(settings.gap_weight),
-        str(settings.handoff_ms),
-        str(settings.handoff_us_per_token),
-        str(settings.session_slack_ms),
-        int(settings.session_ttl_s * 1000),
+        settings.spill_ms,
+        settings.gap_weight,
+        settings.handoff_ms,
+        settings.handoff_us_per_token,
+        settings.session_slack_ms,
+        settings.session_ttl_s * 1000,
         settings.decisions_kept,
     )
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from typing import Any, cast
 
 from redis.asyncio import Redis
@@ -25,6 +25,7 @@ from joinwise.cluster.store.keys import Keys
 ADAPTER_CAPABILITY = "lora:"
 
 _MEMBERS = ("common", "members")
+_AT_ONCE = 128  # workers in one reading: Redis answers nobody else meanwhile
 
 # Microseconds until a worker has measured its own: a slow one's, so that nothing is promised too early.
 _UNKNOWN_US_PER_TOKEN = 1000
@@ -93,13 +94,24 @@ class WorkerLoad:
 
 @dataclass(frozen=True)
 class WorkerState:
-    """A worker as the registry sees it. `role` in `info` is the current one, "draining" while it leaves."""
+    """A worker as the registry sees it. `role` in `info` is the current one, "draining" while it leaves.
+
+    Attributes:
+        beat_ms: when it was last heard of, milliseconds since 1970.
+        pending_prefill, pending_decode: reserved prompt tokens, and tokens of KV cache.
+        pending_new: tokens that are still to be generated, of those.
+        sequences: that decode there, or will.
+        capacity: of the KV cache, in tokens; 0 when not known.
+    """
 
     info: WorkerInfo
     load: WorkerLoad
     beat_ms: int
     pending_prefill: int
     pending_decode: int
+    pending_new: int
+    sequences: int
+    capacity: int
 
     @property
     def pending_tokens(self) -> int:
@@ -147,6 +159,8 @@ class Registry:
             RegistrationRefusedError: a live worker of the model has other files or another KV layout, or an adapter
                 recorded for the model is not among `info.adapters`.
         """
+        if any("\0" in str(value) for value in astuple(info)):
+            raise RegistrationRefusedError(f"worker {info.worker_id!r} may not register with a zero byte in its name")
         now = await self._clock.now_ms()
         with store_errors(f"registering worker {info.worker_id}"):
             verdict, *details = await self._scripts.run(
@@ -225,12 +239,19 @@ class Registry:
         """Live workers, draining ones too, with load and pending tokens, by id."""
         now = await self._clock.now_ms() if now_ms is None else now_ms
         with store_errors("listing the workers"):
-            ids = await self._client.zrangebyscore(self._keys.beats, now - self._ttl_ms, "+inf")
-            pipe = self._client.pipeline(transaction=False)
-            for worker_id in sorted(str(worker_id) for worker_id in ids):
-                pipe.hgetall(self._keys.worker(worker_id))
-            found = await pipe.execute()
-        return tuple(_state(record) for record in found if record)
+            live: Any = await self._client.zrangebyscore(self._keys.beats, now - self._ttl_ms, "+inf")
+        ids = sorted(map(str, live))
+        found: list[WorkerState] = []
+        for at in range(0, len(ids), _AT_ONCE):
+            found += await self.states_of(ids[at : at + _AT_ONCE])
+        return tuple(found)
+
+    async def states_of(self, worker_ids: Sequence[str]) -> tuple[WorkerState, ...]:
+        """Those of these workers that are registered, live or not, in this order; some hundred at most."""
+        if not worker_ids:
+            return ()
+        with store_errors("reading workers"):
+            return tuple(_state(record) for record in await self._scripts.run("states", *worker_ids))
 
     async def token(self) -> str:
         """The secret that the cluster's processes show each other; made by the first that asks."""
@@ -271,19 +292,14 @@ def _info_json(info: WorkerInfo) -> str:
     return json.dumps({**asdict(info), "capabilities": sorted(info.capabilities), "adapters": sorted(info.adapters)})
 
 
-def _state(record: dict[str, str]) -> WorkerState:
-    """Parse a worker's hash; keys that a newer release has added are passed over."""
+def _state(record: list[str]) -> WorkerState:
+    """Parse what `states.lua` says of a worker; fields that a newer release has added are passed over."""
+    info, load, epoch, role, numbers = record
     known = {field.name for field in fields(WorkerInfo)}
-    raw: dict[str, Any] = {key: value for key, value in json.loads(record["info"]).items() if key in known}
+    raw: dict[str, Any] = {key: value for key, value in json.loads(info).items() if key in known}
     raw |= {"capabilities": frozenset(raw["capabilities"]), "adapters": frozenset(raw["adapters"])}
-    raw |= {"epoch": int(record["epoch"]), "role": record["role"]}
-    return WorkerState(
-        info=WorkerInfo(**raw),
-        load=parse_load(record["load"]),
-        beat_ms=int(record["beat"]),
-        pending_prefill=int(record["prefill"]),
-        pending_decode=int(record["decode"]),
-    )
+    raw |= {"epoch": int(epoch), "role": role}
+    return WorkerState(WorkerInfo(**raw), parse_load(load), *map(int, numbers.split()))
 
 
 def parse_load(text: str) -> WorkerLoad:

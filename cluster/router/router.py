@@ -30,8 +30,9 @@ from joinwise.cluster.store.keys import Keys
 __all__ = ["Assignment", "Demand", "Held", "Router", "Running", "Terms", "WorkerRef", "samples_of"]
 
 _EXPIRE_BATCH = 256
-_ENDING = ("common", "tenants", "leases")
-_ROUTING = ("common", "tenants", "queue", "pick", "pools", "plan", "explain", "sessions")
+_LEASE = ("common", "lease")
+_ENDING = (*_LEASE, "tenants", "leases")
+_ROUTING = (*_LEASE, "tenants", "queue", "pick", "pools", "plan", "explain", "sessions")
 
 
 class Router:
@@ -130,9 +131,8 @@ class Router:
                 self._lease_ms,
                 self._ttl_ms,
                 ask.text(queued=queued),
-                *self._rules,
+                self._rules,
                 ask.entry,
-                int(self._settings.moves),
                 preludes=_ROUTING,
             )
         return answer
@@ -140,7 +140,9 @@ class Router:
     async def prefill_done(self, assignment: Assignment) -> bool:
         """Give the prefill worker its tokens back: the first token is out. False if that was done before."""
         with store_errors(f"releasing the prefill part of lease {assignment.lease_id}"):
-            done = bool(await self._scripts.run("prefill_done", assignment.lease_id, assignment.lease_epoch))
+            done = bool(
+                await self._scripts.run("prefill_done", assignment.lease_id, assignment.lease_epoch, preludes=_LEASE)
+            )
         self._lines.room()
         return done
 
@@ -151,7 +153,7 @@ class Router:
             return []
         now = await self._clock.now_ms()
         with store_errors("renewing leases"):
-            lost: list[str] = await self._scripts.run("renew", now, self._lease_ms, *pairs)
+            lost: list[str] = await self._scripts.run("renew", now, self._lease_ms, *pairs, preludes=_LEASE)
         return lost
 
     async def adopt(self, running: Iterable[Running]) -> int:
@@ -184,7 +186,8 @@ class Router:
             return 0
         now = await self._clock.now_ms()
         with store_errors("writing leases again"):
-            return int(await self._scripts.run("adopt", now, self._lease_ms, *map(json.dumps, leases.values())))
+            texts = map(json.dumps, leases.values())
+            return int(await self._scripts.run("adopt", now, self._lease_ms, *texts, preludes=_LEASE))
 
     async def settle(self, assignment: Assignment, generated: int | None = None) -> bool:
         """Give back what a sample still holds. False if it was settled before or has expired.
@@ -226,8 +229,9 @@ class Router:
         found = []
         with store_errors("looking for leftovers"):
             async for key in self._client.scan_iter(match=_escape(self._keys.lease("")) + "*", count=1000):
-                request = await self._client.hget(str(key), "request")
-                found.append(f"lease {str(key).removeprefix(self._keys.lease(''))} of request {request!s}")
+                lease_id = str(key).removeprefix(self._keys.lease(""))
+                request = await self._scripts.run("leftover", lease_id, preludes=_LEASE)
+                found.append(f"lease {lease_id} of request {request!s}")
             for lease_id in map(str, await self._client.zrange(self._keys.leases, 0, -1)):
                 if not await self._client.exists(self._keys.lease(lease_id)):
                     found.append(f"expiry of lease {lease_id}, which is gone")
@@ -251,7 +255,6 @@ class Router:
                         f"{ask.demand.model}:{ask.queue_class}",
                         ask.tenant[0],
                         ask.entry,
-                        int(self._settings.moves),
                         preludes=(*_ENDING, "queue"),
                     )
             except JoinwiseError:

@@ -7,10 +7,11 @@ from typing import Any
 
 from redis.asyncio import Redis
 
-from joinwise.cluster.store.client import store_errors
+from joinwise.cluster.store.client import Scripts, store_errors
 from joinwise.cluster.store.keys import Keys
 
 _BATCH = 500
+_PRELUDES = ("common", "pick", "explain")
 
 
 @dataclass(frozen=True)
@@ -60,30 +61,28 @@ async def decisions_on(client: Redis, cluster: str, request_id: str) -> list[Dec
         StoreUnavailableError: Redis does not answer.
     """
     found: list[Decision] = []
-    key, last = Keys(cluster).decisions, "+"
+    scripts, start = Scripts(client, Keys(cluster).base), "+"
     with store_errors("reading decisions"):
         while True:
-            entries: Any = await client.xrevrange(key, max=last, count=_BATCH)
-            for _, entry in entries:
-                if entry["request"] == request_id or entry["request"].endswith(f"-{request_id}"):
-                    found.append(_decision(entry))
-            if len(entries) < _BATCH:
+            last, *entries = await scripts.run("why", request_id, start, _BATCH, preludes=_PRELUDES)
+            found += [_decision(*entry) for entry in entries]
+            if not last:
                 return found[::-1]
-            last = f"({entries[-1][0]}"
+            start = f"({last}"
 
 
-def _decision(entry: dict[str, str]) -> Decision:
+def _decision(request_id: str, at: str, verdict: str, chosen: str, ms: str, candidates: str) -> Decision:
     return Decision(
-        request_id=entry["request"],
-        at_ms=int(entry["at"]),
-        verdict=entry["verdict"],
-        chosen=tuple(entry["chosen"].split()),
-        cost_ms=float(entry["ms"]),
-        candidates=tuple(_candidate(line) for line in entry["candidates"].splitlines()),
+        request_id=request_id,
+        at_ms=int(at),
+        verdict=verdict,
+        chosen=tuple(chosen.split()),
+        cost_ms=float(ms),
+        candidates=tuple(_candidate(line) for line in candidates.splitlines()),
     )
 
 
 def _candidate(line: str) -> Candidate:
     worker_id, role, *rest = line.rsplit(" ", 9)
-    wait, prefill, harm, queue, stall, move = (int(value) / 1000 for value in rest[:6])
+    wait, prefill, harm, queue, stall, move = map(float, rest[:6])
     return Candidate(worker_id, role, wait, prefill, harm, queue, stall, move, int(rest[6]), int(rest[7]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import ssl
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
@@ -15,6 +15,7 @@ from redis import exceptions as failures
 from redis.asyncio import BlockingConnectionPool, Redis, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
+from redis.commands.core import AsyncScript
 
 from joinwise.cluster.config_model import RedisConfig
 from joinwise.cluster.errors import InternalError, StoreUnavailableError
@@ -115,10 +116,13 @@ class Scripts:
     def __init__(self, client: Redis, base: str) -> None:
         self._client = client
         self._base = base
+        self._known: dict[tuple[str, tuple[str, ...]], AsyncScript] = {}
 
-    async def run(self, name: str, *args: str | int, preludes: Sequence[str] = ("common",)) -> Any:
+    async def run(self, name: str, *args: str | int | bytes, preludes: tuple[str, ...] = ("common",)) -> Any:
         """Run `scripts/<name>.lua` after its preludes. Raises what redis-py raises: wrap it in `store_errors`."""
-        script = self._client.register_script(script_text(name, tuple(preludes)))
+        script = self._known.get((name, preludes))
+        if script is None:
+            script = self._known[name, preludes] = self._client.register_script(script_text(name, preludes))
         return await script(keys=[self._base], args=args)
 
 

@@ -5,20 +5,22 @@ and a version: two releases with different layouts run side by side without read
 
 | key after the base                | type   | holds |
 |-----------------------------------|--------|-------|
-| worker:<id>                       | hash   | registration, epoch, role and home, heartbeat, speeds, what is pending |
+| workers                           | hash   | worker id -> what it is routed by, packed (`scripts/common.lua`) |
+| worker:<id>                       | hash   | its registration, and the load that it last reported |
 | beats                             | zset   | worker id -> milliseconds of its last heartbeat |
-| queue:<role>:<profile>:<model>    | zset   | worker id -> ms to a typical request's end; the routable of a role |
+| queue:<role>:<profile>:<model>    | zset   | worker id -> us to a typical request's end; the routable of a role |
 | room:<role>:<profile>:<model>     | zset   | the same workers -> pending tokens |
 | profiles:<model>                  | hash   | profile -> the capabilities that its workers share |
 | adapters:<model>                  | hash   | adapter name -> JSON of path and id |
-| lease:<id>                        | hash   | one reservation |
+| lease:<id>                        | string | one reservation, packed (`scripts/lease.lua`) |
+| ended:<id>                        | string | bitmap: samples of a lease that have been settled, while others run |
 | leases                            | zset   | lease id -> milliseconds at which it expires |
 | wait:<tenant>:<class>             | zset   | requests that wait for room -> their place |
 | turns:<class>                     | zset   | tenant -> its virtual time, while requests of it wait |
 | pollers                           | zset   | gateway -> milliseconds at which it last asked for one that waits |
 | tenant:<name>                     | hash   | token buckets, and how many requests run |
 | sessions, session_ends            | hash, zset | session -> its worker, and when that is forgotten |
-| decisions                         | stream | the last decisions, with their candidates |
+| decisions                         | stream | the last decisions, packed (`scripts/explain.lua`) |
 | blocks                            | stream | KV events of all workers |
 | snapshots                         | set    | workers that are asked for all that their caches hold |
 | clock, grace                      | string | when `expire` last ran, and until when nobody is judged silent |
@@ -30,7 +32,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-VERSION = "v2"
+VERSION = "v3"
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,13 @@ class Keys:
         """Expiry of leases."""
         return f"{self.base}leases"
 
+    @property
+    def workers(self) -> str:
+        """What workers are routed by."""
+        return f"{self.base}workers"
+
     def worker(self, worker_id: str) -> str:
-        """One worker."""
+        """One worker's registration."""
         return f"{self.base}worker:{worker_id}"
 
     @property

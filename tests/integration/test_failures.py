@@ -202,16 +202,24 @@ async def bench(own_cluster: RunningCluster) -> AsyncIterator[Bench]:
 # Transfers that cannot be.
 
 
+# The addresses are the last two texts of a worker's state (`scripts/common.lua`).
+_REDIRECT = """
+local state, old = redis.call('HGET', KEYS[1], ARGV[1]), ARGV[2] .. '\\0'
+assert(string.sub(state, -#old) == old)
+redis.call('HSET', KEYS[1], ARGV[1], string.sub(state, 1, -#old - 1) .. ARGV[3] .. '\\0')
+"""
+
+
 @contextmanager
 def kv_address(bench: Bench, worker: WorkerInfo, address: str) -> Iterator[None]:
     """Let gateways believe that a worker sends its KV from this address."""
-    key = Keys(bench.cluster.name).worker(worker.worker_id)
     client = redis.Redis.from_url(bench.cluster.redis_url)
-    client.hset(key, "kv", address)
+    workers = Keys(bench.cluster.name).workers
+    client.eval(_REDIRECT, 1, workers, worker.worker_id, worker.kv_address, address)
     try:
         yield
     finally:
-        client.hset(key, "kv", worker.kv_address)
+        client.eval(_REDIRECT, 1, workers, worker.worker_id, address, worker.kv_address)
         client.close()
 
 

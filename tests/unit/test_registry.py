@@ -77,6 +77,12 @@ async def test_a_clock_that_steps_back_kills_nobody(registry: Registry, make_wor
     assert await registry.list() == ()
 
 
+async def test_a_zero_byte_in_a_name_is_refused(registry: Registry, make_worker: Make) -> None:
+    with pytest.raises(RegistrationRefusedError, match="zero byte"):
+        await registry.register(make_worker("w", fingerprint="a\0b"))
+    assert await registry.list() == ()
+
+
 async def test_a_worker_joins_with_every_adapter(registry: Registry, make_worker: Make) -> None:
     await registry.add_adapter("m", "tone", "/a/tone", 7)
     (adapter,) = await registry.adapters("m")
@@ -100,7 +106,7 @@ async def test_all_keys_share_one_hash_slot(
     await registry.add_adapter("m", "a", "p", 1)
     base = Keys(cluster_name).base
     found = [key async for key in redis_client.scan_iter(match=f"*{cluster_name}}}*")]
-    assert len(found) == 7
+    assert len(found) == 8
     assert all(key.startswith(base) for key in found)
     assert base.startswith("{jw:")
 

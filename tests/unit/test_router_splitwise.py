@@ -13,6 +13,7 @@ from joinwise.cluster.errors import OverloadedError
 from joinwise.cluster.router.decision import Held
 from joinwise.cluster.router.registry import WorkerLoad
 from joinwise.cluster.router.router import samples_of
+from joinwise.cluster.store.keys import Keys
 
 
 @pytest.fixture
@@ -300,9 +301,9 @@ async def test_a_clock_that_jumps_kills_nobody(bench: Bench, clock: object, seco
     await bench.assert_zero()
 
 
-async def test_a_worker_whose_hash_was_lost_is_passed_over(bench: Bench) -> None:
+async def test_a_worker_whose_state_was_lost_is_passed_over(bench: Bench) -> None:
     await fleet(bench, a="mixed", b="mixed")
-    await bench.client.delete(f"{{jw:{bench.cluster}}}:v2:worker:a")
+    await bench.client.hdel(Keys(bench.cluster).workers, "a")
     assert chosen(await bench.router.route(demand()))[1] == "b"
     assert not await bench.registry.heartbeat("a", bench.epochs["a"], WorkerLoad())
     await bench.join("a", "mixed")

@@ -9,7 +9,11 @@ local leases, silent = {}, {}
 for _, each in ipairs({ { 'leases', lease }, { 'beats', 0 } }) do -- what a clock that was ahead has written
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', base .. each[1], now + lease + ttl, '+inf', 'LIMIT', 0, limit)) do
     redis.call('ZADD', base .. each[1], now + each[2], id)
-    if each[1] == 'beats' then redis.call('HSET', worker_key(id), 'beat', now) end
+    local w = each[1] == 'beats' and worker(id)
+    if w then
+      w.beat = now
+      put(w)
+    end
   end
 end
 if oldest_beat(now, ttl) >= 0 then

@@ -1,20 +1,20 @@
 -- Why: every decision is kept for a while, so that it can be explained.
 
--- One line a candidate: id, role, wait, pre, harm, queue, stall, move (us), uncached prompt tokens, pending tokens.
-local function candidates(pools)
-  local lines = {}
-  for _, role in ipairs({ 'prefill', 'decode', 'mixed' }) do
-    for _, w in ipairs(pools[role]) do
-      lines[#lines + 1] = string.format('%s %s %d %d %d %d %d %d %d %d', w.id, role, w.wait * 1000, w.pre * 1000,
-        w.harm * 1000, w.queue * 1000, w.stall * 1000, w.move * 1000, w.fresh, pending_on(w))
-    end
-  end
-  return table.concat(lines, '\n')
-end
+
+-- A decision, packed: when (ms), cost (ms); request, verdict, chosen; then its candidates, as below.
+local DECISION = '>dd sss'
+-- A candidate: wait, pre, harm, queue, stall, move (ms), uncached prompt tokens, pending tokens; worker id, role.
+local CANDIDATE = '>ffffffdd ss'
 
 -- `kept`: decisions that are kept, about; 0 keeps none. `pools`: nil when no worker was looked at.
 local function explain(kept, request, now, verdict, chosen, ms, pools)
   if kept == 0 then return end
-  redis.call('XADD', base .. 'decisions', 'MAXLEN', '~', kept, '*', 'request', request, 'at', now, 'verdict', verdict,
-    'chosen', chosen, 'ms', string.format('%.1f', ms), 'candidates', pools and candidates(pools) or '')
+  local packed = { struct.pack(DECISION, now, ms, request, verdict, chosen) }
+  for _, list in ipairs(pools and { pools.prefill, pools.decode, pools.mixed } or {}) do
+    for _, w in ipairs(list) do
+      packed[#packed + 1] = struct.pack(CANDIDATE, w.wait, w.pre, w.harm, w.queue, w.stall, w.move, w.fresh,
+        w.prefill + w.decode, w.id, w.role)
+    end
+  end
+  redis.call('XADD', base .. 'decisions', 'MAXLEN', '~', kept, '*', 'd', table.concat(packed))
 end

@@ -1,30 +1,27 @@
--- Ending leases. A lease holds `n` samples on one pair of workers: the prompt is charged once, each sample's new tokens
--- by itself. Fields: p, pe, pt (prefill worker, epoch, tokens), d, de, dt (decode: prompt tokens), g (new tokens of one
--- sample), n (samples), left (not settled yet), tenant, used (tokens generated), x<i> (sample i is settled).
+-- Ending leases.
 
--- Ends a lease and gives back what it still holds; 0 if there is none.
-local function end_lease(id)
-  local key = base .. 'lease:' .. id
-  local l = redis.call('HMGET', key, 'p', 'pe', 'pt', 'd', 'de', 'dt', 'g', 'n', 'left', 'tenant', 'used')
-  redis.call('ZREM', base .. 'leases', id)
-  if not l[1] then return 0 end
-  redis.call('DEL', key)
-  local left = tonumber(l[9])
-  if l[3] ~= '0' then charge(l[1], l[2], -tonumber(l[3]), 0, 0, 0) end
-  charge(l[4], l[5], 0, -(tonumber(l[6]) + left * l[7]), -left * l[7], -left)
-  if l[10] ~= '' then leave_tenant(l[10], (l[8] - left) * l[7] - l[11]) end
-  return 1
+-- Ends a lease that was just read, and gives back what it still holds: of its last samples too, where they have not ended.
+-- `running`: samples whose tokens are still charged.
+local function close_lease(l, running)
+  redis.call('ZREM', base .. 'leases', l.id)
+  redis.call('DEL', lease_key(l.id))
+  if l.n > 1 then redis.call('DEL', base .. 'ended:' .. l.id) end
+  local fresh = l.released == 1 and 0 or l.fresh
+  if fresh > 0 and l.p ~= l.d then
+    charge(l.p, l.p_epoch, -fresh, 0, 0, 0)
+    fresh = 0
+  end
+  charge(l.d, l.d_epoch, -fresh, -(l.prompt + running * l.new), -running * l.new, -running)
+  if l.tenant ~= '' then leave_tenant(l.tenant, l.ended * l.new - l.used) end
 end
 
--- Settles one sample of a lease, exactly once however often it is asked; the last one ends the lease.
--- `used`: tokens that it generated, at most what it had reserved.
-local function end_sample(id, sample, used)
-  local key = base .. 'lease:' .. id
-  local l = redis.call('HMGET', key, 'd', 'de', 'g', 'left')
-  if not l[1] or tonumber(sample) >= 100000 or redis.call('HSETNX', key, 'x' .. sample, 1) == 0 then return 0 end
-  redis.call('HINCRBY', key, 'used', math.max(0, math.min(tonumber(l[3]), used)))
-  redis.call('HINCRBY', key, 'left', -1)
-  charge(l[1], l[2], 0, -tonumber(l[3]), -tonumber(l[3]), -1)
-  if tonumber(l[4]) <= 1 then return end_lease(id) end
-  return 1
+-- Ends a lease; 0 if there is none.
+local function end_lease(id)
+  local l = lease(id)
+  if l then
+    close_lease(l, l.n - l.ended)
+    return 1
+  end
+  redis.call('ZREM', base .. 'leases', id)
+  return 0
 end

@@ -16,14 +16,14 @@ local function live_peer(id, model, oldest)
       repeat
         peers = redis.call('ZRANGE', key, from, from + 1)
         for _, peer in ipairs(peers) do
-          local beat = redis.call('HGET', worker_key(peer), 'beat')
+          local w = worker(peer)
           if peer == id then
             from = from + 1
-          elseif beat and tonumber(beat) >= oldest then
+          elseif w and w.beat >= oldest then
             return peer
           else
             drop_worker(peer)
-            redis.call('ZREM', key, peer) -- also where its hash was lost
+            redis.call('ZREM', key, peer) -- also where its state was lost
           end
         end
       until #peers == 0

@@ -2,62 +2,38 @@
 -- together, each from its own pool while that pool's queue is short, then from the mixed pool, then by pulling a worker
 -- of the other pool into mixed.
 
-local function prefill_cost(w) return w.wait + w.pre + w.harm end
-local function decode_cost(w) return w.queue + w.stall + w.move - w.bonus end
-local function whole_cost(w) return w.wait + w.pre + w.harm + w.queue + w.stall - w.bonus end
-local function prefill_need(w, demand) return w.fresh end
-local function decode_need(w, demand) return demand.prompt + demand.new end
-local function whole_need(w, demand) return w.fresh + demand.prompt + demand.new end
+-- The cheapest worker of a list that has room for a part of the request (`pick.lua`), and its cost; or nil. On a tie the
+-- first. `twin`: fingerprint that it must have. `than`: a worker that it must be cheaper than, and that one's cost.
+local PRICE = { prefill = 'prefill_ms', decode = 'decode_ms', whole = 'whole_ms' }
+local FITS = { prefill = 'prefill_fits', decode = 'decode_fits', whole = 'whole_fits' }
 
--- The cheapest of two lists that has room, or nil; on a tie the first. `other`: id that it must not be.
-local function cheapest(lists, price, need, demand, twin)
-  local best, least_ms = nil, math.huge
-  for _, list in ipairs(lists) do
-    for _, w in ipairs(list) do
-      if price(w) < least_ms and has_room(w, need(w, demand), demand) and not (twin and w.fingerprint ~= twin) then
-        best, least_ms = w, price(w)
-      end
-    end
+local function cheapest(part, list, than, than_ms, twin)
+  local price, fits, best, least_ms = PRICE[part], FITS[part], than, than_ms or math.huge
+  for _, w in ipairs(list) do
+    if w[price] < least_ms and w[fits] and (not twin or w.fingerprint == twin) then best, least_ms = w, w[price] end
   end
   return best, least_ms
 end
 
--- The worker for one phase. `own`, `other`: lists of the phase's pool and of the opposite one; `queued` gives the
+-- The worker for one phase. `own`, `other`: lists of the phase's pool and of the opposite one; `queued` names the
 -- milliseconds that a request would wait at a worker. Returns it, and whether it is 'spilled' or 'pulled'.
-local function choose(own, mixed, other, price, need, queued, demand)
-  local best, least_ms = cheapest({ own }, price, need, demand)
-  if best and queued(best) <= demand.spill_ms then return best, nil end
-  local spare, spare_ms = cheapest({ mixed }, price, need, demand)
-  local how = nil
-  if spare and spare_ms < least_ms then best, least_ms, how = spare, spare_ms, #own > 0 and 'spilled' or nil end
-  if not demand.moves or #own == 0 or (best and queued(best) <= demand.spill_ms) then return best, how end
+local function choose(phase, own, mixed, other, queued, demand)
+  local best, least_ms = cheapest(phase, own)
+  if best and best[queued] <= demand.spill_ms then return best, nil end
+  local spare, spare_ms = cheapest(phase, mixed, best, least_ms)
+  local how = spare ~= best and #own > 0 and 'spilled' or nil
+  if not demand.moves or #own == 0 or (spare and spare[queued] <= demand.spill_ms) then return spare, how end
   -- Only between equal fingerprints is a change of role one write.
-  local pulled, pulled_ms = cheapest({ other }, price, need, demand, own[1].fingerprint)
-  if pulled and pulled_ms < least_ms then
+  local pulled = cheapest(phase, other, spare, spare_ms, own[1].fingerprint)
+  if pulled ~= spare then
     pulled.pull = true
     return pulled, 'pulled'
   end
-  return best, how
+  return spare, how
 end
-
-local function prompt_wait(w) return w.wait end
-local function decode_wait(w) return w.stall end
 
 -- Estimated ms to the first token, and from token to token.
 local function promise(p, d) return (p or d).wait + (p or d).pre, d.per_step / 1000 end
-
--- Reserves on a worker as it was just read; one that is pulled moves into mixed, which is one write.
-local function reserve(w, model, prefill, decode, gen, n)
-  local key, role = worker_key(w.id), w.role
-  w.prefill, w.decode, w.gen, w.n = w.prefill + prefill, w.decode + decode, w.gen + gen, w.n + n
-  redis.call('HSET', key, 'prefill', w.prefill, 'decode', w.decode, 'gen', w.gen, 'n', w.n)
-  if w.pull then w.role = 'mixed' end
-  place(w.id, model, w.role, w.profile, w.prefill, w.decode, w.gen, w.per_token, w.per_step, w.seqs)
-  if w.role ~= role then
-    redis.call('HSET', key, 'role', w.role)
-    unplace(w.id, model, role, w.profile)
-  end
-end
 
 -- Whether a plan keeps the request's objectives (0 is none).
 local function keeps(p, d, demand)
@@ -68,24 +44,24 @@ end
 
 -- The plan: prefill worker (nil when one does it all), decode worker, reason, cost in ms. Or nil.
 local function plan(pools, demand)
-  local whole, whole_ms = cheapest({ pools.decode, pools.mixed }, whole_cost, whole_need, demand)
-  local alone, alone_ms = cheapest({ pools.prefill }, whole_cost, whole_need, demand)
+  local whole, whole_ms = cheapest('whole', pools.mixed, cheapest('whole', pools.decode))
+  local alone, alone_ms = cheapest('whole', pools.prefill)
   if demand.whole then return nil, whole or alone, 'whole', whole and whole_ms or alone_ms end
   if #pools.decode + #pools.mixed == 0 then return nil, alone, 'no_decode_worker', alone_ms end
   if #pools.prefill + #pools.mixed == 0 then return nil, whole, 'no_prefill_worker', whole_ms end
   if not demand.moves then alone = nil end -- a prefill worker decodes only where nobody else could
-  local p, p_how = choose(pools.prefill, pools.mixed, pools.decode, prefill_cost, prefill_need, prompt_wait, demand)
-  local d, d_how = choose(pools.decode, pools.mixed, pools.prefill, decode_cost, decode_need, decode_wait, demand)
+  local p, p_how = choose('prefill', pools.prefill, pools.mixed, pools.decode, 'wait', demand)
+  local d, d_how = choose('decode', pools.decode, pools.mixed, pools.prefill, 'stall', demand)
   if not p or not d then return nil, whole or alone, 'whole_spilled', whole and whole_ms or alone_ms end
-  if p.id == d.id or (p.role == 'mixed' and d.role == 'mixed') then -- one mixed worker does both
-    if p.id == d.id and has_room(p, whole_need(p, demand), demand) and whole_cost(p) <= whole_ms then
-      return nil, p, 'mixed', whole_cost(p)
+  if p == d or (p.role == 'mixed' and d.role == 'mixed') then -- one mixed worker does both
+    if p == d and p.whole_fits and p.whole_ms <= whole_ms then
+      return nil, p, 'mixed', p.whole_ms
     elseif whole then
       return nil, whole, 'mixed', whole_ms
     end
   end
-  if p.id == d.id then return nil, alone, 'whole_spilled', alone_ms end
-  local split_ms, how = prefill_cost(p) + decode_cost(d), p_how or d_how
+  if p == d then return nil, alone, 'whole_spilled', alone_ms end
+  local split_ms, how = p.prefill_ms + d.decode_ms, p_how or d_how
   if demand.auto and whole then
     local split_keeps, whole_keeps, cheaper = keeps(p, d, demand), keeps(nil, whole, demand), whole_ms < split_ms
     if split_keeps ~= whole_keeps then cheaper = whole_keeps end -- an objective that only one plan keeps decides
@@ -98,19 +74,20 @@ end
 -- have worked off what is too much.
 local function shortage(pools, demand)
   local phase, least, need = nil, nil, nil
-  for _, each in ipairs({ { 'decode', decode_need }, { 'prefill', prefill_need } }) do
-    for _, list in ipairs({ pools[each[1]], pools.mixed }) do
+  for _, part in ipairs({ 'decode', 'prefill' }) do
+    for _, list in ipairs({ pools[part], pools.mixed }) do
       for _, w in ipairs(list) do
-        local first = not least or (phase == each[1] and pending_on(w) < pending_on(least))
-        if first and not has_room(w, each[2](w, demand), demand) then phase, least, need = each[1], w, each[2](w, demand) end
+        local first = not least or (phase == part and pending_on(w) < pending_on(least))
+        if first and not w[FITS[part]] then
+          phase, least, need = part, w, part == 'prefill' and w.fresh or demand.prompt + demand.new
+        end
       end
     end
   end
   if not least then -- there is room for each phase, but not for both on one worker; or it is not this request's turn
     least = (pools.decode[1] or pools.mixed[1] or pools.prefill[1])
-    phase, need = 'mixed', whole_need(least, demand)
+    phase, need = 'mixed', least.fresh + demand.prompt + demand.new
   end
-  local work = work_ms(least.prefill, least.gen, least.per_token, least.per_step, least.seqs)
   local excess = math.max(0, pending_on(least) + need - demand.limit)
-  return phase, least, work * math.min(1, excess / math.max(1, pending_on(least)))
+  return phase, least, work_us(least, 0, 0) / 1000 * math.min(1, excess / math.max(1, pending_on(least)))
 end

@@ -1,8 +1,8 @@
 -- The first token is out: the prefill worker gets its tokens back before the request ends.
 -- ARGV: 1 lease id, 2 lease epoch. Returns 1 if this call gave them back.
-local key = base .. 'lease:' .. ARGV[1]
-local lease = redis.call('HMGET', key, 'epoch', 'p', 'pe', 'pt')
-if lease[1] ~= ARGV[2] or lease[4] == '0' then return 0 end
-redis.call('HSET', key, 'pt', '0')
-charge(lease[2], lease[3], -tonumber(lease[4]), 0, 0, 0)
+local l = lease(ARGV[1])
+if not l or l.epoch ~= ARGV[2] or l.released == 1 or l.fresh == 0 then return 0 end
+l.released = 1
+keep_lease(l)
+charge(l.p, l.p_epoch, -l.fresh, 0, 0, 0)
 return 1

@@ -2,7 +2,8 @@
 -- ARGV: 1 worker id, 2 epoch, 3 sequence number, 4 '1' for a snapshot, 5 blocks stored, 6 blocks removed (base64 of 8 bytes
 --   each), 7 events to keep, about. Without blocks and snapshot nothing is appended.
 -- Returns -1 for another life, 1 if a gateway asks for a snapshot, else 0.
-if redis.call('HGET', worker_key(ARGV[1]), 'epoch') ~= ARGV[2] then return -1 end
+local w = worker(ARGV[1])
+if not w or w.epoch ~= ARGV[2] then return -1 end
 if ARGV[4] == '1' or ARGV[5] ~= '' or ARGV[6] ~= '' then
   redis.call('XADD', base .. 'blocks', 'MAXLEN', '~', ARGV[7], '*', 'w', ARGV[1], 'e', ARGV[2], 's', ARGV[3],
     'all', ARGV[4], 'in', ARGV[5], 'out', ARGV[6])

@@ -18,10 +18,9 @@ end
 
 drop_worker(id) -- an earlier life of this worker: its leases have nothing to give back here
 local epoch = next_epoch(ARGV[6])
-redis.call('HSET', worker_key(id), 'epoch', epoch, 'model', model, 'role', role, 'home', role, 'digest', ARGV[4],
-  'layout', ARGV[5], 'info', ARGV[10], 'engine', ARGV[11], 'kv', ARGV[12], 'fingerprint', ARGV[13], 'seqs', ARGV[14],
-  'capacity', ARGV[15], 'per_token', ARGV[16], 'per_step', ARGV[17], 'beat', ARGV[6], 'load', '',
-  'profile', profile_of(model, ARGV[8]), 'caps', ARGV[8], 'prefill', 0, 'decode', 0, 'gen', 0, 'n', 0)
+redis.call('HSET', worker_key(id), 'info', ARGV[10], 'caps', ARGV[8], 'digest', ARGV[4], 'layout', ARGV[5], 'load', '')
 redis.call('ZADD', base .. 'beats', now, id)
-charge(id, epoch, 0, 0, 0, 0)
+put({ id = id, beat = now, per_token = tonumber(ARGV[16]), per_step = tonumber(ARGV[17]), seqs = tonumber(ARGV[14]),
+  capacity = tonumber(ARGV[15]), prefill = 0, decode = 0, gen = 0, n = 0, epoch = epoch, model = model, role = role,
+  home = role, fingerprint = ARGV[13], profile = profile_of(model, ARGV[8]), engine = ARGV[11], kv = ARGV[12] })
 return { 'ok', epoch }

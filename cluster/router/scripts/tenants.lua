@@ -1,6 +1,7 @@
 -- Limits of one caller: token buckets for requests and tokens a minute, and a bound on what runs at once. They refill
 -- with the time given as an argument; a clock that steps back refills nothing. A request larger than its bucket passes
 -- when the bucket is full, and leaves a debt.
+local ANYONE = { name = '*', rpm = 0, tpm = 0, concurrent = 0, weight = 1 } -- without limits
 local function tenant_key(name) return base .. 'tenant:' .. name end
 
 -- A bucket's level now: as left behind, or full, plus what has come in since. `limit` a minute.
