@@ -5,7 +5,7 @@ PATHS := cluster actors kernels scripts tests setup.py
 # Extra arguments of pytest: make test ARGS="-k router -x"
 ARGS ?=
 .DEFAULT_GOAL := help
-.PHONY: help env demo models test test-unit helm-test security-test check check-format check-lint check-types check-imports check-proto check-size \
+.PHONY: help env demo models test test-unit test-gpu bench-gpu helm-test security-test check check-format check-lint check-types check-imports check-proto check-size \
         format proto proto-accept-breaking golden lock wheel clean
 
 help: ## list the targets
@@ -30,6 +30,14 @@ ROUNDS ?= 1000
 fuzz-kv: env ## KV transfers that meet random faults, with engines and without: make fuzz-kv ROUNDS=1000
 	HF_HUB_OFFLINE=1 FUZZ_ROUNDS=$(ROUNDS) .venv/bin/pytest -s -o session_timeout=0 --timeout=0 \
 	  tests/unit/test_kv_fuzz.py tests/unit/test_kv_killed.py tests/integration/test_kv_faults.py $(ARGS)
+
+test-gpu: env ## the tests that need a GPU: kernels, KV in device memory, engines; says what it skips, and why
+	HF_HUB_OFFLINE=1 .venv/bin/pytest -m gpu -rs tests/unit/test_kv_pack_gpu.py tests/unit/test_kv_codec.py \
+	  tests/unit/test_kv_device.py tests/unit/test_lanes.py tests/integration/test_gpu_runners.py $(ARGS)
+
+bench-gpu: env ## KV between GPUs and CPUs and the kernels on a GPU; says what it could not measure, and why
+	@mkdir -p out
+	.venv/bin/joinwise bench kv --gpu --json out/bench-gpu.json $(ARGS)
 
 helm-test: env ## lint, render, validate and package the chart
 	.venv/bin/pytest tests/unit/test_helm.py tests/unit/test_helm_toggles.py tests/unit/test_helm_files.py $(ARGS)

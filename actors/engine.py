@@ -345,9 +345,12 @@ class EngineWorker:
         """Keep what `/metrics` and `joinwise status` say of KV links current; apart from heartbeats, which wait for no
         step."""
         assert self._engine is not None
-        while self._engine.alive:
-            self._kv.note(ports.figures(await asyncio.wrap_future(self._engine.kv_status())))
-            await asyncio.sleep(self._config.router.heartbeat_s)
+        try:
+            while self._engine.alive:
+                self._kv.note(ports.figures(await asyncio.wrap_future(self._engine.kv_status())))
+                await asyncio.sleep(self._config.router.heartbeat_s)
+        except Exception:
+            logger.exception("the figures of KV links are no longer current")
 
     def _who(self) -> tuple[str, int]:
         assert self._service is not None

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from backports import zstd
+from helpers import gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -467,7 +468,7 @@ def test_triton_interpreted() -> None:
     assert done.stdout.split() == ["compared", str(len(LOSSY) * len(FLOATS))]
 
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: only the interpreter was asked")
+needs_cuda = gpu.needs_cuda("Triton kernels of the codecs")
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -12,11 +13,14 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from joinwise.actors.engine_service import EngineService, WorkerIdentity
+from joinwise.actors.gateway.inference import InferenceService
 from joinwise.actors.gateway.kv_links import kv_links
 from joinwise.actors.gateway.links import Links
 from joinwise.actors.kv.links import Link, LinkStatus, LinkTable, merged
 from joinwise.actors.kv.metrics import KvFigures, KvMetrics
-from joinwise.proto import engine_pb2_grpc
+from joinwise.cluster.client.types import ClusterStatus, KvLinkStatus, WorkerStatus
+from joinwise.cluster.client.wire import read_status
+from joinwise.proto import engine_pb2_grpc, inference_pb2
 
 
 @pytest.fixture
@@ -232,6 +236,18 @@ async def test_status_names_the_pair_and_leaves_out_who_is_silent(make_worker) -
     finally:
         await links.close()
         await server.stop(None)
+
+
+async def test_all_of_it_reaches_the_client() -> None:
+    link = KvLinkStatus("p-0", "d-0", "tcp", "auto", "int8", "int8: slow wire", 1.5e8, 70, 4, 1, 2, {"size": 3})
+    snapshot = ClusterStatus("c", (WorkerStatus("d-0", "decode", "decode", "m", 1),), 2, (link,))
+
+    async def now() -> ClusterStatus:
+        return snapshot
+
+    service = InferenceService(SimpleNamespace(), status=now)
+    answer = await service.ClusterStatus(inference_pb2.ClusterStatusRequest(), None)  # type: ignore[arg-type]
+    assert read_status(inference_pb2.ClusterStatusResponse.FromString(answer.SerializeToString())) == snapshot
 
 
 async def _nobody_listens(worker: object, reason: str) -> None:

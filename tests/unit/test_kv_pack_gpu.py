@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import kv_interiors
+from helpers import gpu, kv_interiors
 
 from joinwise.kernels import kv_pack
 from joinwise.kernels.kv_pack import reference
@@ -86,7 +86,7 @@ def test_compiles_for_devices_that_are_not_here(
     assert conversion in compiled.asm["ptx"]
 
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: only the interpreter was asked")
+needs_cuda = gpu.needs_cuda("Triton kernels that pack KV")
 
 
 @pytest.mark.gpu

@@ -14,6 +14,7 @@ import torch
 import xxhash
 from helpers import lane_peer
 from helpers.certificates import Authority
+from helpers.gpu import needs_cuda
 from helpers.lane_rig import Call, Rig, eventually, header, nothing_leaks, send_header_only
 
 from joinwise.actors.kv.lanes.lane import LaneClosedError, LaneOptions, LaneRefusedError
@@ -23,7 +24,7 @@ from joinwise.actors.tls import Certificates
 KINDS = ["tcp", "tcp+tls", "shm", "shm+tls", "nccl"]
 PLAIN_KINDS = ["tcp", "shm", "nccl"]
 MB = 1 << 20
-TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices: NCCL connects no less")
+TWO_GPUS = needs_cuda("nccl lanes, which connect two devices", devices=2)
 
 
 @pytest.fixture(scope="session")
