@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -198,7 +199,7 @@ def _kernels(device: str, dtype: torch.dtype, size: int, repeats: int) -> list[R
         raise RuntimeError(f"{device}, {dtype}: unpacking does not undo packing")
     kernels: dict[str, Callable[[], None]] = {"pack": pack, "unpack": unpack}
     for codec in kv_codec.LOSSY:
-        kernels |= {f"{codec} encode": lambda c=codec: encode(c), f"{codec} decode": lambda c=codec: decode(c)}
+        kernels |= {f"{codec} encode": partial(encode, codec), f"{codec} decode": partial(decode, codec)}
     return [
         {"kernel": name, "bytes": total, **_compare(lambda: copy.copy_(wire), kernel, total, repeats, device)}
         for name, kernel in kernels.items()

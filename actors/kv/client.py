@@ -2,10 +2,10 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -13,23 +13,22 @@ import grpc
 from joinwise.actors.auth import bearer
 from joinwise.actors.kv import layout
 from joinwise.actors.kv.blocks import KvBlocks
-from joinwise.actors.kv.codecs import Arrivals, CodecChoice
+from joinwise.actors.kv.codecs import CodecChoice
 from joinwise.actors.kv.frames import FrameRefusedError
 from joinwise.actors.kv.lanes.lane import LaneClosedError, LaneRefusedError, ReceiveLane
 from joinwise.actors.kv.lanes.pool import LanePool
 from joinwise.actors.kv.layout import PeerPlan
 from joinwise.actors.kv.links import Link, LinkStatus, LinkTable, Preference, preference, settle
-from joinwise.actors.kv.receiving import CODECS, Fetch, FetchReport, FetchSpec, Importer, LandingBudget
+from joinwise.actors.kv.receiving import Fetch, FetchReport, FetchSpec, Importer, LandingBudget
 from joinwise.actors.kv.server import CHANNEL_OPTIONS, FETCH, LAYOUT, LONGEST_FETCH_S, STALE_INSTANCE
 from joinwise.actors.kv.stalls import Stalls
+from joinwise.actors.kv.streams import Stream, receive, receive_on_lane
 from joinwise.actors.tls import Certificates
 from joinwise.proto import kv_pb2
 
 _FETCH_DEADLINE_S = LONGEST_FETCH_S / 24
 """A last resort: stalls are noticed long before."""
 _LAYOUT_TIMEOUT_S = 10.0
-_LAST_WORD_S = 1.0
-"""How long the reason for a broken lane may take to arrive on the control stream."""
 
 
 class _StaleError(Exception):
@@ -51,20 +50,6 @@ class _Agreement:
     lane_addresses: tuple[str, ...]
     coding: tuple[dict[int, float], ...]
     """Numbers that each encodes in a second, by encoding."""
-
-
-@dataclass
-class _Stream:
-    """One rank's part of a fetch."""
-
-    link: Link
-    importer: Importer
-    request: kv_pb2.FetchRequest
-    lane_address: str
-    report: FetchReport = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.report = FetchReport(self.importer.spec.request_id)
 
 
 class KvClient:
@@ -176,7 +161,7 @@ class KvClient:
             report.merge(stream.report)
         return report
 
-    def _open(self, spec: FetchSpec, fetch: Fetch) -> list[_Stream]:
+    def _open(self, spec: FetchSpec, fetch: Fetch) -> list[Stream]:
         agreement = self._agree(spec.peers, min(spec.timeout_s, spec.start_s))
         plans = [
             self._codecs.apply(plan, self.links.of(spec.peers[plan.peer]), agreement.coding[plan.peer])
@@ -199,7 +184,7 @@ class KvClient:
         fetch: Any = self._channel(peer).unary_stream(FETCH, kv_pb2.FetchRequest.SerializeToString, None)
         return fetch(request, metadata=self._metadata, timeout=_FETCH_DEADLINE_S)
 
-    def _stream(self, spec: FetchSpec, importer: Importer, agreement: _Agreement) -> _Stream:
+    def _stream(self, spec: FetchSpec, importer: Importer, agreement: _Agreement) -> Stream:
         plan = importer.plan
         request = kv_pb2.FetchRequest(
             transfer_id=spec.transfer_id,
@@ -214,7 +199,7 @@ class KvClient:
             layers=[theirs for theirs, _ in plan.layers],
             streams=plan.streams,
         )
-        return _Stream(self.links.of(spec.peers[plan.peer]), importer, request, agreement.lane_addresses[plan.peer])
+        return Stream(self.links.of(spec.peers[plan.peer]), importer, request, agreement.lane_addresses[plan.peer])
 
     def _agree(self, peers: tuple[str, ...], timeout: float) -> _Agreement:
         if (agreement := self._agreed.get(peers)) is not None:
@@ -260,7 +245,7 @@ class KvClient:
 
     # One stream.
 
-    def _run(self, stream: _Stream, fetch: Fetch) -> None:
+    def _run(self, stream: Stream, fetch: Fetch) -> None:
         begin, transport, refused = time.monotonic(), stream.link.transport, ""
         try:
             with self._lane(stream, transport) as lane:
@@ -276,26 +261,10 @@ class KvClient:
             stream.link.reachable = error.code() is not grpc.StatusCode.UNAVAILABLE
             raise
         finally:
-            report, importer = stream.report, stream.importer
-            report.transport = transport
-            report.import_seconds = importer.copying_s
-            counts = {
-                "bytes": report.bytes,
-                "streams": 1,
-                "failed": not importer.complete,
-                "seconds": time.monotonic() - begin,
-                "wire_seconds": report.wire_seconds,
-                "exposed_seconds": importer.exposed_us / 1e6,
-            }
-            if refused and refused != "fenced":  # that one is no fault of the frame
-                counts[f"refused_{refused}"] = 1
-            codec = CODECS.get(importer.plan.encoding, "none")
-            stream.link.add(transport, codec, **counts)
-            if codec == "lossless" and importer.complete:
-                stream.link.compressed(report.bytes, importer.plain_bytes)
+            stream.account(transport, time.monotonic() - begin, refused)
 
     @contextmanager
-    def _lane(self, stream: _Stream, kind: str) -> Iterator[ReceiveLane | None]:
+    def _lane(self, stream: Stream, kind: str) -> Iterator[ReceiveLane | None]:
         if kind == "grpc" or self._lanes is None:
             yield None
             return
@@ -311,7 +280,7 @@ class KvClient:
         finally:
             self._lanes.give_back(lane, clean=stream.importer.complete)
 
-    def _fetch(self, stream: _Stream, fetch: Fetch, lane: ReceiveLane | None) -> None:
+    def _fetch(self, stream: Stream, fetch: Fetch, lane: ReceiveLane | None) -> None:
         spec = stream.importer.spec
         call = self._call(stream.link.peer, stream.request)
         fetch.attach(call.cancel)
@@ -324,69 +293,14 @@ class KvClient:
         with self._stalls.watch(stall, spec.start_s) as watched:
             try:
                 if lane is None:
-                    self._receive(stream, call, lambda: watched.allow(spec.timeout_s))
+                    receive(stream, call, lambda: watched.allow(spec.timeout_s))
                 else:
-                    self._receive_on_lane(stream, call, lane, lambda: watched.allow(spec.timeout_s))
+                    receive_on_lane(stream, call, lane, lambda: watched.allow(spec.timeout_s))
+                    self._let_end(call)
             except (grpc.RpcError, LaneClosedError) as error:
                 if watched.stalled:
                     raise TimeoutError(f"{stream.link.peer} sent no frame for {watched.allowed:g} s") from error
                 raise
-
-    def _receive(self, stream: _Stream, call: Any, progress: Callable[[], None]) -> None:
-        first = 0.0
-        arrivals = Arrivals(stream.link, stream.importer.plan.encoding)
-        try:
-            for frame in call:
-                progress()
-                first = first or time.monotonic()
-                stream.report.bytes += stream.importer.accept(frame)
-                arrivals.note(frame)
-                stream.report.wire_seconds = time.monotonic() - first
-                if stream.importer.complete:
-                    break
-        finally:
-            call.cancel()
-
-    def _receive_on_lane(self, stream: _Stream, call: Any, lane: ReceiveLane, progress: Callable[[], None]) -> None:
-        importer, link, first = stream.importer, stream.link, 0.0
-
-        failed = threading.Event()
-
-        def over() -> None:
-            # A refusal, or the sender's death: whoever waits for bytes on the lane must hear of it. A good
-            # end may be known before its frames are read.
-            if call.code() is not grpc.StatusCode.OK:
-                failed.set()
-                lane.interrupt()
-
-        def read(views: Sequence[memoryview]) -> int:
-            begin = time.monotonic()
-            try:
-                checksum = lane.receive(views)
-            except ValueError as error:
-                raise FrameRefusedError("truncated", str(error)) from error
-            link.measure(sum(map(len, views)), time.monotonic() - begin)
-            return checksum
-
-        if not call.add_callback(over):
-            over()
-        try:
-            while not importer.complete:
-                raw = lane.receive_header()
-                progress()
-                first = first or time.monotonic()
-                stream.report.bytes += importer.receive(raw, read, direct=lane.kind != "nccl")
-                stream.report.wire_seconds = time.monotonic() - first
-        except LaneClosedError:
-            if failed.wait(_LAST_WORD_S):
-                for _ in call:  # raises what the sender said
-                    pass
-            call.cancel()
-            raise
-        except BaseException:
-            call.cancel()
-            raise
-        self._let_end(call)
 
     def _let_end(self, call: Any) -> None:
         """Hold on to a call until the sender has ended it: one that is forgotten is cancelled."""

@@ -13,8 +13,7 @@ from dataclasses import replace
 import torch
 
 from joinwise.actors.kv.blocks import KvBlocks
-from joinwise.actors.kv.frames import parse
-from joinwise.actors.kv.layout import PLAIN, WHOLE, PeerPlan, dtype_of
+from joinwise.actors.kv.layout import PLAIN, PeerPlan, dtype_of
 from joinwise.actors.kv.links import Link
 from joinwise.actors.kv.receiving import CODECS
 from joinwise.kernels import kv_codec
@@ -142,29 +141,6 @@ class CodecChoice:
         head_dim = self._layers[plan.layers[0][1]].head_dim
         coded, plain = (kv_codec.max_encoded_bytes(name, 1, head_dim, plan.wire_dtype) for name in (codec, "none"))
         return coded / plain
-
-
-class Arrivals:
-    """Measures a wire by the frames of one gRPC stream, which come in one piece.
-
-    Only a frame that goes on where the one before has ended was ready to be sent when that one was; others may have
-    waited for their prefill. Coded ones tell nothing: what took long may have been the coding.
-    """
-
-    def __init__(self, link: Link, encoding: int) -> None:
-        self._link = link
-        self._uncoded = encoding in (PLAIN, WHOLE)
-        self._next = (-1, -1)
-        self._at = 0.0
-
-    def note(self, frame: bytes) -> None:
-        """A frame has arrived, and has been found good."""
-        if not self._uncoded:
-            return
-        now, header = time.monotonic(), parse(frame).header
-        if self._next == (header.layer, header.first_token):
-            self._link.measure(len(frame), now - self._at)
-        self._next, self._at = (header.layer, header.first_token + header.num_tokens), now
 
 
 def _coding_seconds(codec: str, sample: torch.Tensor) -> tuple[float, float]:
