@@ -32,6 +32,7 @@ _DAY_S = 86_400.0
 _TYPICAL_PROMPT = 1024
 _TYPICAL_BATCH = 32
 _ARRIVAL, _FIRST, _END = 0, 1, 2
+_AT_ONCE = 16  # commands sent together, so that Redis works while the next ones are made
 
 
 class _Command:
@@ -56,11 +57,12 @@ class _Recorder(Redis):
 def _packed(args: tuple[Any, ...]) -> bytes:
     """A command in Redis' protocol."""
     words = (*args[0].split(), *args[1:])  # redis-py names some commands with two words
-    parts = [b"*%d\r\n" % len(words)]
-    for each in words:
-        data = each if isinstance(each, bytes) else str(each).encode()
-        parts.append(b"$%d\r\n%b\r\n" % (len(data), data))
-    return b"".join(parts)
+    parts = [b"*%d" % len(words)]
+    for word in words:
+        data = word if isinstance(word, bytes) else str(word).encode()
+        parts += (b"$%d" % len(data), data)
+    parts.append(b"")
+    return b"\r\n".join(parts)
 
 
 class Pipeline:
@@ -80,17 +82,23 @@ class Pipeline:
 
     def all(self, calls: Iterable[tuple[float, Coroutine[Any, Any, Any]]], clock: VirtualClock) -> list[Any]:
         """Run coroutines, each begun at its own time; returns results, or the errors of joinwise that they raised."""
-        begun = []
-        for now, call in calls:
-            clock.now = now
-            begun.append((call, call.send(None)))
+        begun: list[Coroutine[Any, Any, Any]] = []
+        unsent: list[_Command] = []
+        results: list[Any] = []
         try:
-            self._send(command for _, command in begun)
-            replies = [self._reply() for _ in begun]
+            for now, call in calls:
+                clock.now = now
+                unsent.append(call.send(None))
+                begun.append(call)
+                if len(unsent) == _AT_ONCE:
+                    self._send(unsent)
+                    unsent = []
+            if unsent:
+                self._send(unsent)
+            replies = [self._reply() for _ in begun]  # all of them, before any coroutine may ask for more
         except redis.ConnectionError as error:
             raise StoreUnavailableError("the simulator's Redis is gone") from error
-        results: list[Any] = []
-        for (call, _), reply in zip(begun, replies, strict=True):
+        for call, reply in zip(begun, replies, strict=True):
             try:
                 results.append(self._resume(call, reply))
             except (NoWorkerError, OverloadedError, ObjectiveError) as error:

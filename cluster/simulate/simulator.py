@@ -105,7 +105,8 @@ class Simulation:
         self.events = 0
         self._next = 0
         self._order = 0
-        self._heap: list[tuple[float, int, Engine | Job, int]] = []
+        #: Time, order, and either an engine with its version, or a request whose cache is to be sent (0) or there (1).
+        self._heap: list[tuple[float, int, Engine | None, int, Job | None]] = []
         self._choices: dict[Job, Choice] = {}
         self.policy = make_policy(self)
 
@@ -114,20 +115,20 @@ class Simulation:
         jobs, heap = self.jobs, self._heap
         while True:
             if self._next < len(jobs) and (not heap or jobs[self._next].at <= heap[0][0]):
-                job = jobs[self._next]
+                arriving = jobs[self._next]
                 self._next += 1
-                self.now = job.at
-                self._arrive(job)
+                self.now = arriving.at
+                self._arrive(arriving)
             elif heap:
-                at, _, what, version = heappop(heap)
-                if isinstance(what, Engine):
-                    if what.version != version:
-                        continue
+                at, _, engine, version, job = heappop(heap)
+                if engine is None:
                     self.now = at
-                    what.finish(at)
+                    self._transfer(job, version)  # type: ignore[arg-type]
+                elif engine.version == version:
+                    self.now = at
+                    engine.finish(at)
                 else:
-                    self.now = at
-                    self._transfer(what, version)
+                    continue
             else:
                 break
             self.events += 1
@@ -147,7 +148,8 @@ class Simulation:
     def soon(self, until: float) -> Iterator[tuple[float, int, int, Job, int]]:
         """Arrivals, first tokens and ends before `until` that nothing can change any more if `until` is no further off
         than the shortest step: (time, 0 for an arrival, order, request, 0 arrival, 1 first token, 2 end)."""
-        for job in self.jobs[self._next - 1 :]:
+        for index in range(self._next - 1, len(self.jobs)):
+            job = self.jobs[index]
             if job.at >= until:
                 break
             yield job.at, 0, job.index, job, 0
@@ -156,17 +158,18 @@ class Simulation:
             place = stack.pop()
             if place >= len(self._heap) or self._heap[place][0] >= until:
                 continue
-            at, order, what, version = self._heap[place]
+            at, order, engine, version, _ = self._heap[place]
             stack += (2 * place + 1, 2 * place + 2)
-            if isinstance(what, Engine) and what.version == version:
-                for number, (job, last) in enumerate(what.finishing()):
+            if engine is not None and engine.version == version:
+                for number, (job, last) in enumerate(engine.finishing()):
                     yield at, 1, (order << 12) + number, job, 2 if last else 1
 
     # --- what engines tell ---
 
     def wake(self, at: float, engine: Engine, version: int) -> None:
         """See World."""
-        self._push(at, engine, version)
+        self._order += 1
+        heappush(self._heap, (at, self._order, engine, version, None))
 
     def first_token(self, job: Job, engine: Engine, now: float) -> None:
         """See World."""
@@ -185,9 +188,9 @@ class Simulation:
 
     # --- events ---
 
-    def _push(self, at: float, what: Engine | Job, version: int) -> None:
+    def _later(self, at: float, job: Job, done: int) -> None:
         self._order += 1
-        heappush(self._heap, (at, self._order, what, version))
+        heappush(self._heap, (at, self._order, None, done, job))
 
     def _arrive(self, job: Job) -> None:
         choice = self.policy.route(job, self.now)
@@ -206,9 +209,9 @@ class Simulation:
             choice.decode.submit(job, "decode", self.now)
         elif choice.decode.can_take(job):
             choice.decode.expect(job)
-            self._push(self.links.arrival(job, choice.prefill, choice.decode, self.now), job, 1)
+            self._later(self.links.arrival(job, choice.prefill, choice.decode, self.now), job, 1)
         else:
-            self._push(self.now + RETRY_S, job, 0)
+            self._later(self.now + RETRY_S, job, 0)
 
 
 def _check_lengths(trace: Trace, engines: Sequence[Engine]) -> None:
