@@ -11,6 +11,7 @@ from joinwise.cluster.cli import (
     doctor_command,
     explain_command,
     keys_command,
+    plan_command,
     simulate_command,
     status_command,
     talk,
@@ -30,6 +31,7 @@ app.command()(explain_command.explain)
 app.command()(talk.chat)
 app.command()(talk.generate)
 app.command()(simulate_command.simulate)
+app.command()(plan_command.plan)
 app.add_typer(config_command.app, name="config")
 app.add_typer(keys_command.app, name="keys")
 app.command()(doctor_command.doctor)

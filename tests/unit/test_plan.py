@@ -1,0 +1,195 @@
+"""The planner's search, on clusters whose quality is a formula; and once with the simulator."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from joinwise.cluster.cli.main import app
+from joinwise.cluster.config_model import JoinwiseConfig
+from joinwise.cluster.errors import ConfigError
+from joinwise.cluster.plan.recommend import configuration, headroom
+from joinwise.cluster.plan.search import Candidate, Plan, Search, dominates
+from joinwise.cluster.plan.space import Shape, machines, price, shapes, splits, work
+from joinwise.cluster.simulate import profile as profiles
+from joinwise.cluster.simulate.pools import PoolSpec
+from joinwise.cluster.simulate.report import PERCENTILES, SLOS
+from joinwise.cluster.simulate.trace import poisson
+
+TRACE = poisson(rate=20, seconds=30, seed=1)
+PROFILE = profiles.shipped()
+NAMES = [f"{name}_slowdown_p{percent}" for name in SLOS for percent in PERCENTILES]
+
+
+def verdict(good: bool, worst: float = 2.0) -> dict[str, float]:
+    """Figures that meet all objectives, or miss the first by a factor."""
+    figures = dict.fromkeys(NAMES, 0.5)
+    if not good:
+        figures[NAMES[0]] = SLOS["ttft"][0] * worst
+    return {**figures, "refused": 0.0}
+
+
+class Formula:
+    """Enough machines for each phase are enough; remembers what it was asked."""
+
+    def __init__(self, prefill: int, decode: int, whole: int) -> None:
+        self.need = {"prefill": prefill, "decode": decode, "mixed": whole}
+        self.asked: list[tuple[str, float]] = []
+
+    def __call__(self, pools: Sequence[PoolSpec], rate: float) -> Mapping[str, float]:
+        self.asked.append((",".join(map(str, pools)), rate))
+        short = max(self.need[pool.home] * rate / pool.size for pool in pools)
+        return verdict(short <= 1, short)
+
+
+def search(prefill: int = 5, decode: int = 3, whole: int = 11) -> tuple[Search, Formula]:
+    formula = Formula(prefill, decode, whole)
+    return Search(TRACE, PROFILE, formula), formula
+
+
+# --- the space --------------------------------------------------------------------------------------------------------
+
+
+def test_every_shape_once() -> None:
+    found = list(shapes(["a100", "h100"]))
+    assert len(found) == len(set(found)) == 2 + 4
+    assert [str(shape) for shape in found if shape.mixed] == ["a100, whole", "h100, whole"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 40), st.sampled_from(list(shapes(["a100", "h100"]))))
+def test_splits_use_every_machine(total: int, shape: Shape) -> None:
+    found = splits(TRACE, shape, PROFILE, total)
+    assert len(found) == len(set(found)) == (1 if shape.mixed else total - 1)
+    for prefill, decode in found:
+        assert prefill + decode == total == machines(shape.pools(prefill, decode))
+        assert all(pool.size > 0 for pool in shape.pools(prefill, decode))
+
+
+def test_faster_machines_have_less_work() -> None:
+    slow, fast = PROFILE.kind("a100"), PROFILE.kind("h100")
+    assert all(more > less for more, less in zip(work(TRACE, slow, slow), work(TRACE, fast, fast), strict=True))
+    pools = Shape("h100", "a100").pools(2, 3)
+    assert price(pools, PROFILE) == pytest.approx(2 * fast.price + 3 * slow.price)
+
+
+# --- the search -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("whole", [3, 8, 11, 17])
+def test_the_fewest_machines_are_found(whole: int) -> None:
+    hunt, formula = search(whole=whole)
+    found = hunt.fewest(Shape("h100", "h100", mixed=True), 64)
+    assert found.meets and found.machines == whole
+    assert len(formula.asked) == len(set(formula.asked)) <= 8  # bisected, and nothing twice
+
+
+def test_not_splitting_wins_where_it_is_cheaper() -> None:
+    assert search(whole=7)[0].iso_throughput(["h100"], 32).cheapest().shape.mixed
+    assert not search(whole=20)[0].iso_throughput(["h100"], 32).cheapest().shape.mixed
+
+
+def test_what_cannot_be_kept_is_named() -> None:
+    hunt, _ = search(prefill=100, decode=100, whole=50)
+    found = hunt.iso_throughput(["h100"], 20)
+    assert not found.feasible and found.front == ()
+    with pytest.raises(ConfigError, match=r"nearest is mixed=20xh100: ttft_slowdown_p50 is 2.50 times its limit"):
+        found.cheapest()
+
+
+def test_a_budget_goes_to_the_shape_that_bears_most() -> None:
+    hunt, _ = search(prefill=4, decode=2, whole=10)
+    kind = PROFILE.kind("h100")
+    found = hunt.iso_budget(["h100"], 12 * kind.price, lambda name: PROFILE.kind(name).price, 4.0)
+    best = found.fastest()
+    assert best.price <= 12 * kind.price
+    whole = next(each for each in found.candidates if each.shape.mixed)
+    assert whole.rate == pytest.approx(1.2, abs=0.2) and whole.meets
+    assert best.rate >= whole.rate
+    with pytest.raises(ConfigError, match="buys no cluster"):
+        hunt.iso_budget(["h100"], 1.0, lambda name: PROFILE.kind(name).price, 4.0)
+
+
+def test_headroom_is_what_every_pool_can_lose() -> None:
+    hunt, _ = search(prefill=4, decode=2, whole=10)
+    shape = Shape("h100", "h100")
+    assert headroom(hunt, hunt.look(shape, 6, 3)) == 1
+    assert headroom(hunt, hunt.look(shape, 4, 9)) == 0
+    assert headroom(hunt, hunt.look(shape, 9, 9)) == 3
+    assert headroom(hunt, hunt.look(Shape("h100", "h100", mixed=True), 12, 0)) == 2
+
+
+POINTS = st.lists(
+    st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5), st.booleans()), min_size=1, max_size=25
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(POINTS)
+def test_the_front_is_what_nothing_dominates(points: list[tuple[int, int, int, bool]]) -> None:
+    shape = Shape("h100", "h100", mixed=True)
+    found = Plan(
+        [
+            Candidate(
+                shape, shape.pools(1, 0), float(rate), float(cost), float(kw), verdict(good), {} if good else {"x": 2}
+            )
+            for rate, cost, kw, good in points
+        ]
+    )
+    assert all(each.meets for each in found.front)
+    for each in found.feasible:
+        beaten = any(dominates(other, each) for other in found.front)
+        assert beaten != (each in found.front)
+    if found.feasible:
+        assert found.cheapest().price == min(each.price for each in found.feasible)
+        assert found.frugal().power == min(each.power for each in found.feasible)
+        assert found.fastest().rate == max(each.rate for each in found.feasible)
+        assert found.cheapest() in found.front
+
+
+def test_the_configuration_is_one() -> None:
+    hunt, _ = search()
+    text = configuration(hunt.look(Shape("h100", "a100"), 5, 3), "bloom-176b")
+    config = JoinwiseConfig.model_validate(yaml.safe_load(text))
+    assert [(pool.name, pool.role, pool.replicas) for pool in config.pools] == [
+        ("prefill-h100", "prefill", 5),
+        ("decode-a100", "decode", 3),
+    ]
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_from_a_trace(tmp_path: Path) -> None:
+    options = ["--trace", "poisson:rate=6,seconds=20", "--kinds", "h100", "--most", "12", "--limit", "150"]
+    out, config = tmp_path / "out.json", tmp_path / "joinwise.yaml"
+    ran = CliRunner().invoke(app, ["plan", *options, "--json", str(out), "--yaml", str(config)])
+    assert ran.exit_code == 0, ran.output
+    written = json.loads(out.read_text())
+    figures = written["figures"]
+    assert 1 <= figures["machines"] <= 12 and figures["price_per_hour"] == figures["machines"] * 38
+    assert {row["shape"] for row in written["rows"]} == {"h100, whole", "h100 + h100"}
+    assert sum(pool["replicas"] for pool in yaml.safe_load(config.read_text())["pools"]) == figures["machines"]
+    assert "recommended:" in ran.output and "the router that serves" in ran.output
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--iso", "cost"], "with a --budget"),
+        (["--iso", "beauty", "--budget", "3"], "--iso is throughput"),
+        (["--budget", "3"], "--iso is throughput"),
+        (["--kinds", "b200"], "no machine of the kind 'b200'"),
+    ],
+)
+def test_options_that_cannot_be(options: list[str], says: str) -> None:
+    ran = CliRunner().invoke(app, ["plan", "--trace", "poisson:rate=2,seconds=5", *options])
+    assert ran.exit_code == 1
+    assert says in ran.output + ran.stderr
