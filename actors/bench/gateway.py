@@ -112,11 +112,13 @@ def _start(stack: ExitStack, folder: Path, say: Say) -> list[System]:
 
 @contextmanager
 def _router(name: str, servers: Sequence[str], log: Path) -> Iterator[str]:
-    with socket.socket() as probe:
+    with socket.socket() as probe, socket.socket() as other:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        other.bind(("127.0.0.1", 0))
+        port, metrics_port = probe.getsockname()[1], other.getsockname()[1]
     command = [name, *(["launch"] if name == "smg" else []), "--worker-urls", *servers, "--policy", "round_robin"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
+    command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port)]
     with log.open("w") as output:
         router = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     url = f"http://127.0.0.1:{port}"
