@@ -1,6 +1,7 @@
 """`joinwise bench simulate`: how fast the simulator is, with the router that serves, and whether it repeats itself.
 
 Each run is a process of its own, so that its memory is what it alone has needed: Python's peak plus the Redis server's.
+The rows have the CPU seconds of both too, which other work on the machine changes less than wall-clock time.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from joinwise.cluster.simulate import profile
 from joinwise.cluster.simulate.pools import parse_pools
@@ -33,10 +36,10 @@ def one(machines: int, requests: int) -> dict[str, Any]:
     trace = poisson(rate, requests * 1.02 / rate + 1, _SEED, prompt=800, output=100).scaled(limit=requests)
     server = EmbeddedRedis.start()
     try:
-        begin = time.perf_counter()
+        begin, begin_cpu = time.perf_counter(), time.process_time()
         result = simulate(trace, pools, profile.shipped(), server=server)
-        seconds = time.perf_counter() - begin
-        redis_kib = _peak_kib(server.pid)
+        seconds, cpu = time.perf_counter() - begin, time.process_time() - begin_cpu
+        redis_kib, redis_cpu = _peak_kib(server.pid), sum(psutil.Process(server.pid).cpu_times()[:2])
     finally:
         server.stop()
     digest = hashlib.sha256(json.dumps(result.figures, sort_keys=True).encode())
@@ -47,6 +50,8 @@ def one(machines: int, requests: int) -> dict[str, Any]:
         "requests": len(trace.arrivals),
         "wall_s": seconds,
         "requests_per_s": len(trace.arrivals) / seconds,
+        "cpu_s": cpu,
+        "redis_cpu_s": redis_cpu,
         "gib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + redis_kib) / 2**20,
         "events": result.outcome.events,
         "virtual_s": result.outcome.seconds,
@@ -61,8 +66,7 @@ def run(requests: int, say: Callable[[str], None]) -> tuple[dict[str, float], li
     rows = []
     for machines, count in plan:
         say(f"{machines} machines, {count} requests")
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            rows.append(pool.apply(one, (machines, count)))
+        rows.append(_alone(machines, count))
     first, again, large = rows
     figures = {
         "requests_per_s_40": max(first["requests_per_s"], again["requests_per_s"]),
@@ -72,6 +76,13 @@ def run(requests: int, say: Callable[[str], None]) -> tuple[dict[str, float], li
     if requests >= 1_000_000:
         figures |= {"wall_s_1m_1000": large["wall_s"], "gib_1m_1000": large["gib"]}
     return figures, rows
+
+
+def _alone(machines: int, requests: int) -> dict[str, Any]:
+    """`one`, in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        row: dict[str, Any] = pool.apply(one, (machines, requests))
+    return row
 
 
 def _peak_kib(pid: int) -> int:
