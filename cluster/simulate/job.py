@@ -12,7 +12,7 @@ class Job:
         index: its number in the trace.
         at: seconds at which it arrived.
         prompt, output: tokens.
-        cached: prompt tokens that the worker of its prompt had already.
+        cached, there: prompt tokens that the worker of its prompt, and that of its answer, had already.
         began: when its prompt was begun; -1 before.
         first: when its first token was out; -1 before.
         end: when its last token was out; -1 before, and for one that was refused.
@@ -33,6 +33,7 @@ class Job:
         "output",
         "preempted",
         "prompt",
+        "there",
         "told",
     )
 
@@ -42,7 +43,7 @@ class Job:
         self.at = arrival.at
         self.prompt = arrival.prompt
         self.output = arrival.output
-        self.cached = 0
+        self.cached = self.there = 0
         self.began = self.first = self.end = -1.0
         self.kv = 0
         self.told = 0

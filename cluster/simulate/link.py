@@ -33,7 +33,7 @@ class Links:
 
     def arrival(self, job: Job, sender: Engine, receiver: Engine, now: float) -> float:
         """When the last byte of a prompt's KV arrives, which is computed since `now`; takes the cards until then."""
-        size = (job.prompt - job.cached) * sender.kind.kv_bytes * self.ratio
+        size = (job.prompt - job.there) * sender.kind.kv_bytes * self.ratio
         self.sent_bytes += size
         speed = self.bytes_s or min(sender.kind.link_bytes_s, receiver.kind.link_bytes_s)
         seconds, begin, least = size / speed, now, now

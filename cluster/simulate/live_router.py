@@ -9,7 +9,7 @@ compares them.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Coroutine, Generator, Iterable
+from collections.abc import Coroutine, Generator, Iterable, Mapping
 from typing import Any
 
 import redis
@@ -17,6 +17,8 @@ from redis.asyncio import Redis
 
 from joinwise.cluster.config_model import RouterConfig
 from joinwise.cluster.errors import NoWorkerError, ObjectiveError, OverloadedError, StoreUnavailableError
+from joinwise.cluster.router.ask import MAX_HOLDERS
+from joinwise.cluster.router.decision import Held
 from joinwise.cluster.router.registry import Registry, WorkerInfo, WorkerLoad
 from joinwise.cluster.router.router import Assignment, Demand, Router
 from joinwise.cluster.simulate.engine import Engine
@@ -166,6 +168,8 @@ class LiveRouter:
         self._least_s = min(engine.kind.least_s for engine in simulation.engines) if ahead else 0.0
         self._answers: dict[Job, Assignment | Exception] = {}
         self._leases: dict[Job, Assignment] = {}
+        self._held: dict[Job, Mapping[str, int]] = {}
+        self._epochs: dict[str, int] = {}
         self._owed: list[tuple[float, Job, int]] = []
         self.calls = self.rounds = 0
         for engine in simulation.engines:
@@ -197,6 +201,10 @@ class LiveRouter:
         decode = self._engines[answer.decode.worker_id]
         return Choice(self._engines[answer.prefill.worker_id] if answer.prefill else decode, decode)
 
+    def held(self, job: Job) -> Mapping[str, int] | None:
+        """What workers held at the moment of the decision, which may have been made ahead."""
+        return self._held.pop(job, None)
+
     def first_token(self, job: Job, choice: Choice, now: float) -> None:
         """Give the prompt's tokens back, unless that was foreseen."""
         if job.told < _FIRST:
@@ -220,10 +228,7 @@ class LiveRouter:
     def _flush(self, ahead: list[tuple[float, int, int, Job, int]]) -> None:
         """Send what is owed, then what is certain to happen."""
         todo = [(now, job, what) for now, job, what in self._owed]
-        for now, _, _, job, what in ahead:
-            if what != _ARRIVAL:
-                job.told = what
-            todo.append((now, job, what))
+        todo += [(now, job, what) for now, _, _, job, what in ahead]
         self._owed.clear()
         if not todo:
             return
@@ -235,11 +240,26 @@ class LiveRouter:
                 self._answers[job] = result
 
     def _call(self, job: Job, what: int) -> Coroutine[Any, Any, Any]:
+        """What to ask of the router; called in the order of time, also for what is still to happen."""
+        if what > job.told:
+            if job.told == 0:
+                self._simulation.stored(job)
+            job.told = what
         if what == _ARRIVAL:
-            return self._router.route(Demand(str(job.index), _MODEL, job.prompt, job.output))
+            return self._router.route(self._demand(job))
         if what == _FIRST:
             return self._router.prefill_done(self._leases[job])
         return self._router.settle(self._leases.pop(job), job.output)
+
+    def _demand(self, job: Job) -> Demand:
+        """With what workers hold of the prompt, where the trace says; of the many only those with the most."""
+        caches = self._simulation.caches
+        if caches is None:
+            return Demand(str(job.index), _MODEL, job.prompt, job.output)
+        held = self._held[job] = caches.held(job)
+        most = sorted(held, key=lambda worker: (-held[worker], worker))[:MAX_HOLDERS]
+        known = {worker: Held(self._epochs[worker], held[worker]) for worker in most}
+        return Demand(str(job.index), _MODEL, job.prompt, job.output, held=known)
 
     def _join(self, engine: Engine) -> None:
         kind = engine.kind
@@ -269,7 +289,7 @@ class LiveRouter:
             prefill_tokens_per_s=_TYPICAL_PROMPT / kind.prefill(_TYPICAL_PROMPT),
             decode_step_ms=kind.batch(_TYPICAL_BATCH) * 1000,
         )
-        epoch = self._pipeline.one(self._registry.register(info))
+        epoch = self._epochs[engine.worker_id] = self._pipeline.one(self._registry.register(info))
         self._pipeline.one(self._registry.heartbeat(engine.worker_id, epoch, load))
 
     def _warm_up(self) -> None:

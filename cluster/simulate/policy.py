@@ -28,6 +28,9 @@ class Policy(Protocol):
     def route(self, job: Job, now: float) -> Choice | None:
         """The engines; None refuses the request."""
 
+    def held(self, job: Job) -> Mapping[str, int] | None:
+        """Prompt tokens that workers held when the request was routed; None: as they do now."""
+
     def first_token(self, job: Job, choice: Choice, now: float) -> None:
         """The prompt is computed."""
 
@@ -50,6 +53,10 @@ class Pools:
         self.decode = [engine for engine in engines if engine.home == "decode"]
         if not self.mixed and not (self.prefill and self.decode):
             raise ConfigError("a cluster needs machines for prefill and for decode, or mixed ones")
+
+    def held(self, job: Job) -> Mapping[str, int] | None:
+        """As it is now: these policies decide when a request arrives."""
+        return None
 
     def first_token(self, job: Job, choice: Choice, now: float) -> None:
         """Nothing to keep."""
@@ -193,9 +200,47 @@ class Splitwise(TokenQueue):
             (self.prefill if engine.home == "prefill" else self.decode).append(engine)
 
 
-POLICIES: Mapping[str, type[RoundRobin | TwoChoices | TokenQueue | Splitwise]] = {
+class Radix(Counted):
+    """What cache-aware routers do that hear of no evictions: where most of a prompt went before, else the least busy.
+
+    It remembers what it has sent where (SGLang's router, 2024): a match of half the prompt decides, unless that engine
+    has `MOST_AHEAD` requests more than the least busy one.
+    """
+
+    MATCH = 0.5
+    MOST_AHEAD = 32
+
+    def __init__(self, engines: Sequence[Engine], seed: int) -> None:
+        super().__init__(engines, seed)
+        self._sent: dict[int, set[Engine]] = {}
+
+    def route(self, job: Job, now: float) -> Choice:
+        own = self.mixed or self.prefill
+        prefill = min(own, key=self.pending.__getitem__)
+        matches = dict.fromkeys(own, 0)
+        for block in job.arrival.blocks:
+            for engine in self._sent.get(block, ()):
+                matches[engine] += 1
+        best = max(own, key=matches.__getitem__)
+        ahead = self.pending[best] - self.pending[prefill]
+        if matches[best] > self.MATCH * len(job.arrival.blocks) and ahead <= self.MOST_AHEAD:
+            prefill = best
+        for block in job.arrival.blocks:
+            self._sent.setdefault(block, set()).add(prefill)
+        decode = prefill if self.mixed else min(self.decode, key=self.pending.__getitem__)
+        return self.give(Choice(prefill, decode), 1, 1)
+
+    def first_token(self, job: Job, choice: Choice, now: float) -> None:
+        self.pending[choice.prefill] -= 1
+
+    def ended(self, job: Job, choice: Choice, now: float) -> None:
+        self.pending[choice.decode] -= 1
+
+
+POLICIES: Mapping[str, type[RoundRobin | TwoChoices | TokenQueue | Splitwise | Radix]] = {
     "round_robin": RoundRobin,
     "p2c": TwoChoices,
     "token_jsq": TokenQueue,
     "splitwise": Splitwise,
+    "radix": Radix,
 }

@@ -68,6 +68,7 @@ def figures(outcome: Outcome, profile: Profile, over_all: bool = False) -> dict[
         "utilization": _mean(busy / outcome.seconds for busy in outcome.busy_s.values()) if outcome.seconds else 0.0,
         "kv_gb_sent": outcome.sent_bytes / 1e9,
         "extrapolated_steps": float(sum(outcome.beyond.values())),
+        **outcome.prefix,
     }
     return result
 

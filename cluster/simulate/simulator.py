@@ -18,6 +18,7 @@ from joinwise.cluster.simulate.job import Job
 from joinwise.cluster.simulate.link import Links
 from joinwise.cluster.simulate.policy import Choice, Policy
 from joinwise.cluster.simulate.pools import PoolSpec
+from joinwise.cluster.simulate.prefix import PrefixCaches
 from joinwise.cluster.simulate.profile import Coverage, Kind, Profile
 from joinwise.cluster.simulate.trace import Trace
 
@@ -69,6 +70,7 @@ class Outcome:
         sent_bytes: KV caches over links.
         busy_s: seconds in which each engine computed.
         beyond: what the profile was asked for beyond its measurements, and how often.
+        prefix: figures of the prefix caches, where the trace names its blocks.
     """
 
     jobs: Sequence[Job]
@@ -78,6 +80,7 @@ class Outcome:
     sent_bytes: float
     busy_s: dict[str, float]
     beyond: dict[str, int] = field(default_factory=dict)
+    prefix: dict[str, float] = field(default_factory=dict)
 
 
 class Simulation:
@@ -100,6 +103,7 @@ class Simulation:
         _check_lengths(trace, self.engines)
         self.jobs = [Job(index, arrival) for index, arrival in enumerate(trace.arrivals)]
         self.links = model.links()
+        self.caches = PrefixCaches(self.engines, trace.block_tokens) if trace.block_tokens else None
         self.now = 0.0
         self.refused = 0
         self.events = 0
@@ -143,6 +147,7 @@ class Simulation:
             sent_bytes=self.links.sent_bytes,
             busy_s={engine.worker_id: engine.busy_s for engine in self.engines},
             beyond=dict(self.coverage.beyond),
+            prefix=self.caches.figures() if self.caches is not None else {},
         )
 
     def soon(self, until: float) -> Iterator[tuple[float, int, int, Job, int]]:
@@ -174,6 +179,8 @@ class Simulation:
     def first_token(self, job: Job, engine: Engine, now: float) -> None:
         """See World."""
         choice = self._choices[job]
+        if job.told == 0:  # else the policy has foreseen it
+            self.stored(job)
         self.policy.first_token(job, choice, now)
         if choice.prefill is not choice.decode and job.output > 1:
             self._transfer(job, 0)
@@ -185,6 +192,12 @@ class Simulation:
     def idle(self, engine: Engine, now: float) -> None:
         """See World."""
         self.policy.idle(engine, now)
+
+    def stored(self, job: Job) -> None:
+        """The prompt's blocks are in the caches of its workers from now on."""
+        if self.caches is not None:
+            for worker in self._choices[job]:
+                self.caches.store(worker.worker_id, job.arrival.blocks)
 
     # --- events ---
 
@@ -198,6 +211,13 @@ class Simulation:
             self.refused += 1
             return
         self._choices[job] = choice
+        if self.caches is not None:
+            held = self.policy.held(job)
+            if held is None:
+                held = self.caches.held(job)
+            job.cached = held.get(choice.prefill.worker_id, 0)
+            job.there = held.get(choice.decode.worker_id, 0)
+            self.caches.count(job, job.cached)
         choice.prefill.submit(job, "whole" if choice.prefill is choice.decode else "prefill", self.now)
 
     def _transfer(self, job: Job, done: int) -> None:

@@ -20,6 +20,7 @@ from joinwise.cluster.simulate.job import Job
 from joinwise.cluster.simulate.link import Links
 from joinwise.cluster.simulate.policy import POLICIES
 from joinwise.cluster.simulate.pools import PoolSpec, parse_pools
+from joinwise.cluster.simulate.prefix import PrefixCaches
 from joinwise.cluster.simulate.profile import Curve, Kind, Profile
 from joinwise.cluster.simulate.report import SLOS, missed, percentile
 from joinwise.cluster.simulate.run import Result, simulate
@@ -204,6 +205,52 @@ def test_an_overloaded_cluster_misses_its_objectives() -> None:
     found = simulate(trace, parse_pools("mixed=2xh100"), profiles.shipped(), policy="round_robin").figures
     assert found["slo_all_nine"] == 0.0
     assert missed(found)["ttft_slowdown_p99"] == pytest.approx(found["ttft_slowdown_p99"] / SLOS["ttft"][2])
+
+
+# --- prefix caches ----------------------------------------------------------------------------------------------------
+
+
+def blocks_of(*blocks: int, prompt: int = 0) -> Job:
+    return Job(0, Arrival(0.0, prompt or 10 * len(blocks), 1, blocks))
+
+
+def caches(kv_tokens: int = 40) -> PrefixCaches:
+    engines = Simulation(
+        Trace("t", [Arrival(0.0, 1, 1)]),
+        parse_pools("mixed=2xa"),
+        small(kv_tokens=kv_tokens),
+        MODELS["vllm"],
+        lambda run: POLICIES["round_robin"](run.engines, 0),
+    ).engines
+    return PrefixCaches(engines, 10)
+
+
+def test_the_longest_prefix_of_each_worker_is_known() -> None:
+    found = caches()
+    found.store("mixed-a-0", (1, 2, 3))
+    found.store("mixed-a-1", (1, 9))
+    assert found.held(blocks_of(1, 2, 4)) == {"mixed-a-0": 20, "mixed-a-1": 10}
+    assert found.held(blocks_of(1, 2, 3)) == {"mixed-a-0": 29, "mixed-a-1": 10}  # the last token is always computed
+    assert found.held(blocks_of(2, 3)) == {"mixed-a-0": 19}
+    assert found.held(blocks_of(7)) == found.held(blocks_of(prompt=5)) == {}
+
+
+def test_a_full_cache_forgets_what_was_used_longest_ago() -> None:
+    found = caches(kv_tokens=40)
+    found.store("mixed-a-0", (1, 2))
+    found.store("mixed-a-0", (5, 6))
+    found.store("mixed-a-0", (1, 2))
+    found.store("mixed-a-0", (7, 8))
+    assert found.held(blocks_of(1, 2, 3)) == {"mixed-a-0": 20}
+    assert found.held(blocks_of(5)) == {}
+
+
+def test_hits_are_counted_against_an_endless_cache() -> None:
+    found = caches()
+    for job, tokens in ((blocks_of(1, 2), 0), (blocks_of(1, 2, 3), 10), (blocks_of(1, 2, 3), 29)):
+        found.count(job, tokens)
+    assert (found.asked, found.hit, found.ideal) == (8, 1 + 3, 2 + 3)
+    assert found.figures()["prefix_hit_of_ideal"] == pytest.approx(4 / 5)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

@@ -73,6 +73,42 @@ def test_without_a_worker_it_says_so(redis_server: EmbeddedRedis) -> None:
         Simulation(TRACE, parse_pools("mixed=1xh100"), profiles.shipped(), MODELS["vllm"], policy)
 
 
+def talks(seed: int, turns: int) -> Trace:
+    """Conversations whose prompts grow turn by turn, in blocks of 512 tokens."""
+    base = poisson(rate=turns, seconds=20, seed=seed, prompt=1, output=20, spread=0.3).arrivals
+    made = []
+    for index, each in enumerate(base):
+        talk, turn = index % 7, index // 7
+        blocks = tuple(talk * 1000 + depth for depth in range(turn + 1))
+        made.append(each._replace(prompt=512 * len(blocks) - 100, blocks=blocks))
+    return Trace("talks", made, 512)
+
+
+@pytest.mark.parametrize("pools", ["prompt=3xh100,token=2xh100", "mixed=4xh100"])
+async def test_prefixes_are_found_and_gathering_changes_nothing(
+    redis_server: EmbeddedRedis, redis_client: Redis, pools: str
+) -> None:
+    trace = talks(5, 6)
+    together, router, simulation = drive(redis_server, trace, pools, "vllm", ahead=True)
+    alone, patient, again = drive(redis_server, trace, pools, "vllm", ahead=False)
+    assert together == alone
+    assert simulation.caches is not None and again.caches is not None
+    assert simulation.caches.figures() == again.caches.figures()
+    assert simulation.caches.figures()["prefix_hit_of_ideal"] > 0.9
+    for each in (router, patient):
+        await assert_idle(redis_client, each)
+
+
+def test_prefix_routing_beats_round_robin() -> None:
+    pools, profile = parse_pools("mixed=4xh100"), profiles.shipped()
+    found = {
+        name: simulate(talks(5, 6), pools, profile, policy=name).figures for name in ("auto", "radix", "round_robin")
+    }
+    assert found["auto"]["prefix_hit_of_ideal"] > found["round_robin"]["prefix_hit_of_ideal"]
+    assert found["radix"]["prefix_hit_of_ideal"] > found["round_robin"]["prefix_hit_of_ideal"]
+    assert found["auto"]["ttft_p50_s"] < found["round_robin"]["ttft_p50_s"]
+
+
 def test_the_same_trace_gives_the_same_figures() -> None:
     first, again = (
         simulate(TRACE, parse_pools("prompt=2xh100,token=2xh100"), profiles.shipped()).figures for _ in range(2)
