@@ -204,6 +204,8 @@ class RouterConfig(Section):
     """Seconds of waiting that one step of priority is worth."""
     spill_ms: float = Field(default=250.0, ge=0, le=3_600_000)
     """Milliseconds of queue beyond which a pool's requests spill into the mixed pool, and then pull a worker in."""
+    away_s: float = Field(default=30.0, ge=0, le=3600)
+    """Seconds for which gateways go on with the workers that they saw last while Redis does not answer; 0 refuses."""
     moves: bool = True
     """Pull workers of another pool into mixed where that has the same fingerprint; they go back by themselves."""
     gap_weight: float = Field(default=1.0, ge=0, le=1000)

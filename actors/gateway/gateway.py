@@ -49,9 +49,9 @@ from joinwise.actors.vllm.llm import ClusterLLM, cluster_llm
 from joinwise.cluster.client.types import ClusterStatus, WorkerStatus
 from joinwise.cluster.config import JoinwiseConfig
 from joinwise.cluster.errors import ConfigError, JoinwiseError, NoWorkerError
+from joinwise.cluster.router.away import SteadyRouter
 from joinwise.cluster.router.prefix_index import PrefixFollower, PrefixIndex
 from joinwise.cluster.router.registry import Registry, WorkerInfo
-from joinwise.cluster.router.router import Router
 from joinwise.cluster.store.client import connect
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class Gateway:
         self.gateway_id = f"{socket.gethostname()}-{secrets.token_hex(4)}"
         self._redis = connect(redis_url, config.redis)
         self._registry = Registry(self._redis, config.cluster, config.router)
-        self._router = Router(self._redis, config.cluster, config.router)
+        self._router = SteadyRouter(self._redis, config.cluster, config.router)
         self._prefixes = PrefixIndex()
         tracing = config.tracing
         self._traces = Traces(tracing, config.cluster, self.gateway_id) if tracing is not None else None
@@ -305,11 +305,12 @@ class Gateway:
                     await self._router.adopt(self._core.lost_leases(set(lost)))
 
     async def _expire(self) -> None:
-        """Bury leases that nobody renews, and workers that have gone silent."""
+        """Bury leases that nobody renews, and workers that have gone silent; remember those that live."""
         while True:
             await asyncio.sleep(self._config.router.heartbeat_s)
             with contextlib.suppress(JoinwiseError):
                 await self._router.expire()
+                await self._router.observe()
 
     async def _watch(self) -> None:
         """Remember which roles have a live worker; a Redis that does not answer changes nothing."""

@@ -282,10 +282,14 @@ def adapter_id(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 0x7FFFFFFF + 1
 
 
+def capabilities_of(info: WorkerInfo) -> frozenset[str]:
+    """What a worker can do; adapters count as capabilities."""
+    return info.capabilities | {ADAPTER_CAPABILITY + name for name in info.adapters}
+
+
 def _capability_text(info: WorkerInfo) -> str:
-    """Every capability between newlines, as `pick.lua` looks for them; adapters count as capabilities."""
-    names = info.capabilities | {ADAPTER_CAPABILITY + name for name in info.adapters}
-    return "\n" + "".join(f"{name}\n" for name in sorted(names))
+    """Every capability between newlines, as `pick.lua` looks for them."""
+    return "\n" + "".join(f"{name}\n" for name in sorted(capabilities_of(info)))
 
 
 def _info_json(info: WorkerInfo) -> str:

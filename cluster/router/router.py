@@ -11,6 +11,7 @@ import asyncio
 import json
 import secrets
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -246,23 +247,24 @@ class Router:
     def _abandon(self, ask: Ask) -> None:
         """Settle a lease whose answer was lost, in the background; if that fails too, it expires."""
 
-        async def settle() -> None:
-            try:
-                with store_errors(f"abandoning lease {ask.lease_id}"):
-                    await self._scripts.run(
-                        "abandon",
-                        ask.lease_id,
-                        f"{ask.demand.model}:{ask.queue_class}",
-                        ask.tenant[0],
-                        ask.entry,
-                        preludes=(*_ENDING, "queue"),
-                    )
-            except JoinwiseError:
-                pass
+        async def end() -> None:
+            with suppress(JoinwiseError):
+                await self._end(ask)
 
-        task = asyncio.get_running_loop().create_task(settle())
+        task = asyncio.get_running_loop().create_task(end())
         self._abandoned.add(task)
         task.add_done_callback(self._abandoned.discard)
+
+    async def _end(self, ask: Ask) -> None:
+        with store_errors(f"abandoning lease {ask.lease_id}"):
+            await self._scripts.run(
+                "abandon",
+                ask.lease_id,
+                f"{ask.demand.model}:{ask.queue_class}",
+                ask.tenant[0],
+                ask.entry,
+                preludes=(*_ENDING, "queue"),
+            )
 
 
 def _place(worker: WorkerRef) -> tuple[str, str]:

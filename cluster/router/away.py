@@ -1,0 +1,234 @@
+"""A gateway rides out a gap in which Redis does not answer: it decides on the workers that it last saw.
+
+While Redis is away each gateway knows its own decisions only, so the choice is coarse (fewest pending tokens):
+tenants' limits, the queue and objectives do not hold, and what other gateways do meanwhile is not seen. What should be
+given back is kept in order and said when Redis is there again, and leases that were given out meanwhile are written
+then: each once, for scripts may be repeated and a lease is known by its id.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+from redis.asyncio import Redis
+
+from joinwise.cluster.config_model import RouterConfig
+from joinwise.cluster.errors import JoinwiseError, NoWorkerError, OverloadedError, StoreUnavailableError
+from joinwise.cluster.router.ask import Ask
+from joinwise.cluster.router.decision import Assignment, Demand, Running, WorkerRef
+from joinwise.cluster.router.registry import WorkerState, capabilities_of
+from joinwise.cluster.router.router import Router, samples_of
+from joinwise.cluster.store.client import store_errors
+
+_Word = Callable[[], Awaitable[object]]  # something to say when Redis is there again
+
+#: The reason of an assignment that was made without Redis.
+REDIS_AWAY = "redis_away"
+_PROBE_S = 0.25
+_RETRY_AFTER_S = 2.0
+_MAX_KEPT = 100_000
+
+
+@dataclass
+class _Lent:
+    """A lease that Redis does not know of yet."""
+
+    assignment: Assignment
+    demand: Demand
+    prefill_done: bool = False
+    ended: set[int] = field(default_factory=set)
+
+    def running(self) -> list[Running]:
+        samples = samples_of(self.assignment, self.demand.samples)
+        return [Running(each, self.demand, self.prefill_done) for each in samples if each.sample not in self.ended]
+
+    def pending(self, worker_id: str) -> int:
+        """Tokens that it holds on a worker."""
+        prefills, demand = self.assignment.prefill or self.assignment.decode, self.demand
+        tokens = demand.prompt_tokens if prefills.worker_id == worker_id and not self.prefill_done else 0
+        if self.assignment.decode.worker_id == worker_id:
+            tokens += demand.prompt_tokens + (demand.samples - len(self.ended)) * demand.max_new_tokens
+        return tokens
+
+
+class SteadyRouter(Router):
+    """A router that goes on for `away_s` seconds with the workers that it saw last. Lives on one event loop.
+
+    Beside what `Router` says: `settle` and `prefill_done` return True, and raise nothing, while Redis is away.
+    """
+
+    def __init__(
+        self, client: Redis, cluster: str, settings: RouterConfig, clock: Callable[[], int] | None = None
+    ) -> None:
+        super().__init__(client, cluster, settings, clock)
+        self._seen: tuple[WorkerState, ...] = ()
+        self._seen_at = float("-inf")
+        self._lent: dict[str, _Lent] = {}
+        self._kept: deque[_Word] = deque(maxlen=_MAX_KEPT)  # of the oldest, should they be more, the leases expire
+        self._returning: asyncio.Task[None] | None = None
+
+    @property
+    def away(self) -> bool:
+        """Whether decisions are made without Redis now."""
+        return self._returning is not None
+
+    async def observe(self) -> None:
+        """Remember the live workers, for a gap that may come; once a heartbeat. Raises StoreUnavailableError."""
+        seen = await self._registry.states()
+        if not self.away:
+            self._seen, self._seen_at = seen, time.monotonic()
+
+    async def route(self, demand: Demand) -> Assignment:
+        """As `Router.route`; without Redis on the last snapshot, with the reason `redis_away`."""
+        if self.away and self._fresh():
+            return self._lend(demand)
+        try:
+            return await super().route(demand)
+        except StoreUnavailableError:
+            if not self._fresh():
+                raise
+            self._leave()
+            return self._lend(demand)
+
+    async def prefill_done(self, assignment: Assignment) -> bool:
+        """As `Router.prefill_done`, now or later."""
+        if (lent := self._lent.get(assignment.lease_id)) is not None:
+            lent.prefill_done = True
+        if not self.away:
+            try:
+                return await super().prefill_done(assignment)
+            except StoreUnavailableError:
+                if not self._fresh():
+                    raise
+                self._leave()
+        self._kept.append(partial(super().prefill_done, assignment))
+        return True
+
+    async def settle(self, assignment: Assignment, generated: int | None = None) -> bool:
+        """As `Router.settle`, now or later."""
+        if (lent := self._lent.get(assignment.lease_id)) is not None:
+            lent.ended.add(assignment.sample)
+            if len(lent.ended) == lent.demand.samples:
+                del self._lent[assignment.lease_id]
+        if not self.away:
+            try:
+                return await super().settle(assignment, generated)
+            except StoreUnavailableError:
+                if not self._fresh():
+                    raise
+                self._leave()
+        self._kept.append(partial(super().settle, assignment, generated))
+        return True
+
+    async def _end(self, ask: Ask) -> None:
+        try:
+            await super()._end(ask)
+        except StoreUnavailableError:
+            if not self.away:
+                raise
+            self._kept.append(partial(super()._end, ask))
+
+    def _fresh(self) -> bool:
+        return bool(self._seen) and time.monotonic() - self._seen_at <= self._settings.away_s
+
+    def _leave(self) -> None:
+        if self._returning is None:
+            self._returning = asyncio.get_running_loop().create_task(self._come_back())
+
+    async def _come_back(self) -> None:
+        """Wait for Redis and for the workers that were known; say what was kept, write the leases lent meanwhile."""
+        answered: float | None = None
+        while True:
+            await asyncio.sleep(_PROBE_S)
+            try:
+                with store_errors("looking whether it is there again"):
+                    await self._client.ping()
+                answered = answered or time.monotonic()
+                await self._say()
+                # After a loss of its data workers come back one by one. Those that do not in time are dead.
+                missing = {each.info.worker_id for each in self._seen}
+                missing -= {each.info.worker_id for each in await self._registry.states()}
+                if missing and time.monotonic() - answered < self._settings.worker_ttl_s:
+                    continue
+                await self.adopt(each for lent in self._lent.values() for each in lent.running())
+                if not self._kept:  # nothing has ended in between
+                    break
+            except JoinwiseError:
+                answered = None
+        self._lent.clear()  # what could not be written yet, `adopt` of the gateway writes later
+        self._returning = None
+
+    async def _say(self) -> None:
+        while self._kept:
+            word = self._kept.popleft()
+            try:
+                await word()
+            except StoreUnavailableError:
+                self._kept.appendleft(word)
+                raise
+
+    def _lend(self, demand: Demand) -> Assignment:
+        """Choose among the workers seen last, by fewest pending tokens."""
+        pending: Counter[str] = Counter()
+        pools: dict[str, list[WorkerState]] = {"prefill": [], "decode": [], "mixed": []}
+        for each in self._seen:
+            info = each.info
+            suits = info.model == demand.model and demand.needs <= capabilities_of(info)
+            if suits and info.worker_id not in demand.exclude and info.role in pools:
+                pools[info.role].append(each)
+                pending[info.worker_id] = each.pending_tokens
+        for lent in self._lent.values():
+            for worker_id in {ref.worker_id for ref in (lent.assignment.prefill, lent.assignment.decode) if ref}:
+                pending[worker_id] += lent.pending(worker_id)
+
+        def least(tokens: int, *roles: str) -> WorkerState | None:
+            """The least loaded with room, of the first of these pools that has one."""
+            for role in roles:
+                fits = [
+                    each
+                    for each in pools[role]
+                    if (held := pending[each.info.worker_id]) == 0 or held + tokens <= self._settings.max_pending_tokens
+                ]
+                if fits:
+                    return min(fits, key=lambda each: pending[each.info.worker_id])
+            return None
+
+        if not any(pools.values()):
+            raise NoWorkerError(
+                f"Redis is away, and no worker of {demand.model!r} that could serve this was seen before",
+                request_id=demand.request_id,
+                retry_after_s=_RETRY_AFTER_S,
+            )
+        prompt, held = demand.prompt_tokens, demand.prompt_tokens + demand.samples * demand.max_new_tokens
+        prefill, decode = least(prompt, "prefill", "mixed"), least(held, "decode", "mixed")
+        if demand.whole or prefill is None or decode is None or prefill is decode:
+            prefill, decode = None, least(prompt + held, "decode", "mixed", "prefill")
+        if decode is None:
+            raise OverloadedError(
+                f"Redis is away, and every worker of {demand.model!r} was full when it was last seen",
+                request_id=demand.request_id,
+                retry_after_s=_RETRY_AFTER_S,
+            )
+        now = time.time_ns()
+        assignment = Assignment(
+            lease_id=secrets.token_hex(12),
+            lease_epoch=now // 1000,
+            prefill=_ref(prefill) if prefill else None,
+            decode=_ref(decode),
+            reason=REDIS_AWAY,
+            expires_ms=now // 1_000_000 + self._lease_ms,
+            tpot_ms=decode.load.decode_step_ms,
+        )
+        self._lent[assignment.lease_id] = _Lent(assignment, demand)
+        return assignment
+
+
+def _ref(state: WorkerState) -> WorkerRef:
+    info = state.info
+    return WorkerRef(info.worker_id, info.epoch, info.engine_address, info.kv_address)
