@@ -218,6 +218,8 @@ class NcclSend(_NcclLane, TcpSend):
         group = self._open_group()
         self.wire.send([header, _SIZE.pack(payload.numel())])
         if payload.numel():
+            if self.wire.ended():  # Gloo may miss that nobody is there any more
+                raise LaneClosedError("the peer has closed the lane")
             try:
                 group.send(payload)
             except RuntimeError as error:
