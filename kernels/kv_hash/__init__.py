@@ -91,18 +91,15 @@ def _cut(flat: memoryview, sizes: array[int]) -> Iterator[memoryview]:
 
 def _places(flat: Bytes, sizes: array[int]) -> array[int]:
     """The addresses where pieces lie that follow one another."""
-    return array("q", accumulate(sizes[:-1], initial=_address(flat)))
+    return array("q", accumulate(sizes[:-1], initial=_addresses([flat])[0]))
 
 
 def _addresses(pieces: Sequence[Bytes]) -> array[int]:
-    return array("q", map(_address, pieces))
-
-
-def _address(buffer: Bytes) -> int:
+    address, byte = ctypes.addressof, _BYTE.from_buffer
     try:
-        return ctypes.addressof(_BYTE.from_buffer(buffer))  # the fastest way there is
-    except (TypeError, ValueError):  # it cannot be written, or is empty
-        return int(np.frombuffer(buffer, np.uint8).ctypes.data) if len(buffer) else 0
+        return array("q", [address(byte(piece)) for piece in pieces])  # the fastest way there is
+    except (TypeError, ValueError):  # one cannot be written, or is empty
+        return array("q", [np.frombuffer(piece, np.uint8).ctypes.data if len(piece) else 0 for piece in pieces])
 
 
 def _run(
