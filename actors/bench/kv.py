@@ -18,7 +18,8 @@ from typing import Any
 from rich.table import Table
 
 from joinwise.actors.bench import kv_kernels, kv_nixl
-from joinwise.actors.bench.kv_ends import Receiver, Remote, Sender, Shape
+from joinwise.actors.bench.kv_ends import Receiver, Sender, Shape
+from joinwise.actors.bench.remote import Remote
 
 TRANSPORTS = ("grpc", "tcp", "shm", "nccl")
 SIZES_MB = (1, 4, 16, 64, 256)

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from joinwise.actors.bench.kv import LARGE_MB, Pair, cores
-from joinwise.actors.bench.kv_ends import End, Receiver, Remote, Sender, Shape
+from joinwise.actors.bench.kv_ends import End, Receiver, Sender, Shape
+from joinwise.actors.bench.remote import Remote
 from joinwise.actors.kv.blocks import KvBlocks
 from joinwise.kernels import kv_codec, kv_pack
 from joinwise.kernels.kv_pack import interior_from_views

@@ -5,16 +5,12 @@ the benchmark's own process, one at a time, so that nothing else runs while some
 """
 
 import contextlib
-import multiprocessing
-import os
 import resource
-import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import xxhash
@@ -34,7 +30,6 @@ BASELINE_PIECE = 4 << 20
 """Bytes that one `sendall` or `recv_into` of the baseline is given."""
 _LANDING_BYTES = 256 << 20
 _WAIT_S = 120.0
-_END_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -209,104 +204,3 @@ def _counting_checksums() -> Iterator[list[int]]:
         yield checked
     finally:
         SealedHeader.verify = verify  # type: ignore[method-assign]
-
-
-class Remote:
-    """An object in a process of its own, called over a pipe.
-
-    Args:
-        make: makes it, there; importable.
-        arguments: for `make`.
-        core: the only core that the process uses; None for any.
-        environment: variables that the process has beside ours.
-    """
-
-    def __init__(
-        self,
-        make: Callable[..., Any],
-        *arguments: Any,
-        core: int | None = None,
-        environment: dict[str, str] | None = None,
-    ) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, core, make, arguments), daemon=True)
-        with _environment(environment or {}):
-            self._process.start()
-        assert self._process.pid is not None
-        self._pid = self._process.pid
-        theirs.close()
-        self._answer()
-
-    def __call__(self, method: str, *arguments: Any) -> Any:
-        """Call a method there; what it raises is raised here.
-
-        Raises:
-            RuntimeError: the process has ended, or says nothing.
-        """
-        with contextlib.suppress(BrokenPipeError):  # `_answer` tells
-            self._pipe.send((method, arguments))
-        return self._answer()
-
-    @contextlib.contextmanager
-    def awake(self) -> Iterator[None]:
-        """Let the process run while this lasts, and stop it afterwards: its threads may poll."""
-        os.kill(self._pid, signal.SIGCONT)
-        try:
-            yield
-        finally:
-            os.kill(self._pid, signal.SIGSTOP)
-
-    def close(self) -> None:
-        """End the process, which may be stopped."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self._pid, signal.SIGCONT)
-        self._pipe.close()  # it ends by itself, and what its libraries log gets written
-        self._process.join(_END_S)
-        self._process.terminate()
-        self._process.join()
-
-    def _answer(self) -> Any:
-        try:
-            if not self._pipe.poll(_WAIT_S):
-                raise RuntimeError(f"no answer within {_WAIT_S:g} s")
-            error, result = self._pipe.recv()
-        except (EOFError, ConnectionError):
-            raise RuntimeError("an end of the benchmark has died") from None
-        if error is not None:
-            raise error
-        return result
-
-
-def _serve(pipe: Any, core: int | None, make: Callable[..., Any], arguments: Sequence[Any]) -> None:
-    if core is not None:
-        os.sched_setaffinity(0, {core})
-    call: Callable[..., Any] = make
-    end: Any = None
-    while True:
-        try:
-            result = call(*arguments)
-            if end is None:
-                end, result = result, None
-            pipe.send((None, result))
-        except Exception as error:
-            pipe.send((RuntimeError(f"{type(error).__name__}: {error}"), None))
-        try:
-            method, arguments = pipe.recv()
-        except EOFError:
-            return
-        call = getattr(end, method)
-
-
-@contextlib.contextmanager
-def _environment(more: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in more}
-    os.environ.update(more)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

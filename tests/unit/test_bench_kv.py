@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from joinwise.actors.bench import kv, kv_kernels, kv_nixl
 from joinwise.actors.bench.commands import bench
-from joinwise.actors.bench.kv_ends import Receiver, Remote, Sender, Shape
+from joinwise.actors.bench.kv_ends import Receiver, Sender, Shape
+from joinwise.actors.bench.remote import Remote
 
 SHAPE = Shape(num_blocks=4, layers=3)
 
