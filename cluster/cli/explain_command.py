@@ -37,7 +37,7 @@ def explain(
 
     url = redis
     if url is None:
-        url, cluster = _running()
+        url, cluster = running()
     if not url:
         raise ConfigError("no cluster runs on this machine: say --redis URL and --cluster NAME")
     found = asyncio.run(_read(url, cluster, request_id))
@@ -64,7 +64,7 @@ async def _read(url: str, cluster: str, request_id: str) -> list[Decision]:
         await client.aclose()
 
 
-def _running() -> tuple[str, str]:
+def running() -> tuple[str, str]:
     """Redis and name of the cluster that was last made ready on this machine; empty when there is none."""
     from joinwise.cluster.env import home
 

@@ -15,6 +15,7 @@ from joinwise.cluster.cli import (
     simulate_command,
     status_command,
     talk,
+    top_command,
 )
 from joinwise.cluster.cli.shell import Shell
 
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.command()(status_command.status)
 app.command()(explain_command.explain)
+app.command()(top_command.top)
 app.command()(talk.chat)
 app.command()(talk.generate)
 app.command()(simulate_command.simulate)

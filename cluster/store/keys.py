@@ -80,6 +80,11 @@ class Keys:
         """Workers that are asked for a snapshot."""
         return f"{self.base}snapshots"
 
+    @property
+    def waiting_pattern(self) -> str:
+        """SCAN pattern of the requests that wait."""
+        return "".join(f"\\{char}" if char in "*?[]\\" else char for char in self.base) + "wait:*"
+
     def adapters(self, model: str) -> str:
         """LoRA adapters of a model."""
         return f"{self.base}adapters:{model}"

@@ -394,7 +394,9 @@ async def test_no_worker_is_503_at_once(bench: Bench) -> None:
 # Redis.
 
 
-async def test_without_redis_running_requests_end_and_new_ones_get_503(bench: Bench, redis_server: RedisServer) -> None:
+async def test_without_redis_running_requests_end_and_new_ones_are_served(
+    bench: Bench, redis_server: RedisServer
+) -> None:
     expected = (await bench.ask(_STORY, 96)).tokens
     tokens = []
     async for token in bench.stream(_STORY, 96):
@@ -403,13 +405,7 @@ async def test_without_redis_running_requests_end_and_new_ones_get_503(bench: Be
             redis_server.kill()
             for stream in (False, True):
                 answer = await bench.http.post(COMPLETIONS, json=bench.body("more", 8, stream=stream))
-                assert answer.status_code == 503, answer.text
-                assert int(answer.headers["retry-after"]) >= 1
-                assert "Redis does not answer" in answer.json()["error"]["message"]
-            async with AsyncClient(bench.cluster.grpc) as client:
-                with pytest.raises(JoinwiseError) as raised:
-                    await client.generate("more", max_tokens=8)
-            assert raised.value.code == "store_unavailable"
+                assert answer.status_code == 200, answer.text  # on the workers that the gateway saw last
     assert tokens == expected
     redis_server.start()  # empty: the workers register again
     await bench.workers(count=3)

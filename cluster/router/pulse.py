@@ -1,0 +1,82 @@
+"""A cluster at a glance, as Redis knows it: workers, queue, leases, and what was decided in the last seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from redis.asyncio import Redis
+
+from joinwise.cluster.config_model import RouterConfig
+from joinwise.cluster.router.registry import Registry, WorkerState
+from joinwise.cluster.store.client import Scripts, StoreClock, store_errors
+from joinwise.cluster.store.keys import Keys
+
+_WINDOW_MS = 10_000
+_MOST = 2000
+_REFUSALS = frozenset({"full", "limited", "slo", "none"})
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """A moment of a cluster.
+
+    Attributes:
+        now_ms: when, milliseconds since 1970 on Redis' clock.
+        leases: requests that are reserved for.
+        waiting: requests in the queue.
+        span_s: seconds that `verdicts` and `links` cover: ten, or fewer where so many decisions are not kept.
+        verdicts: reason of an assignment or a refusal -> how often.
+        links: (prefill worker, decode worker) -> requests handed over between them.
+    """
+
+    now_ms: int
+    workers: tuple[WorkerState, ...]
+    leases: int
+    waiting: int
+    span_s: float
+    verdicts: Mapping[str, int]
+    links: Mapping[tuple[str, str], int]
+
+    @property
+    def assigned_per_s(self) -> float:
+        """Requests a second that were given workers."""
+        return sum(count for verdict, count in self.verdicts.items() if verdict not in _REFUSALS) / self.span_s
+
+    @property
+    def refused_per_s(self) -> float:
+        """Requests a second that were refused."""
+        return sum(count for verdict, count in self.verdicts.items() if verdict in _REFUSALS) / self.span_s
+
+
+async def take_pulse(client: Redis, cluster: str) -> Pulse:
+    """Look at a cluster once. Raises StoreUnavailableError when Redis does not answer."""
+    keys, now = Keys(cluster), await StoreClock(client).now_ms()
+    workers = await Registry(client, cluster, RouterConfig()).states(now)
+    with store_errors("looking at the cluster"):
+        leases = int(await client.zcard(keys.leases))
+        waiting = 0
+        async for key in client.scan_iter(match=keys.waiting_pattern, count=1000):
+            waiting += int(await client.zcard(key))
+        answer: Any = await Scripts(client, keys.base).run(
+            "pulse", now - _WINDOW_MS, _MOST, preludes=("common", "pick", "explain")
+        )
+    oldest, verdicts, links = answer
+    counts = dict(zip(verdicts[::2], verdicts[1::2], strict=True))
+    cut = sum(counts.values()) == _MOST  # there were more: what is seen began at the oldest of them
+    span = max(1, now - int(oldest)) if cut else _WINDOW_MS
+    return Pulse(
+        now_ms=now,
+        workers=workers,
+        leases=leases,
+        waiting=waiting,
+        span_s=span / 1000,
+        verdicts=counts,
+        links={_pair(chosen): count for chosen, count in zip(links[::2], links[1::2], strict=True)},
+    )
+
+
+def _pair(chosen: str) -> tuple[str, str]:
+    prefill, _, decode = chosen.partition(" ")
+    return prefill, decode
