@@ -86,7 +86,7 @@ def plan(
     if json is not None:
         write(
             json,
-            _figures(found, best, spare, live.figures if live else {}),
+            {**_figures(found, best, spare, live.figures if live else {}), "simulated": float(len(search.tried))},
             [_row(each) for each in found.candidates],
             command="plan",
             trace=requests.name,
@@ -107,7 +107,6 @@ def _figures(found: Plan, best: Candidate, spare: int, live: Mapping[str, float]
         "split": float(not best.shape.mixed),
         "headroom_machines": float(spare),
         "front": float(len(found.front)),
-        "simulated": float(len(found.candidates)),
     }
     if whole:
         figures |= {

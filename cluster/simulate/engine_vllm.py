@@ -30,6 +30,7 @@ class VllmEngine(Engine):
         self.max_tokens = max_tokens
         self.max_seqs = max_seqs
         self.queue: deque[Task] = deque()
+        self.ready: deque[Task] = deque()  # their KV cache has arrived; they must not wait for those that need room
         self.memory = 0  # tokens of KV cache in use, or kept for those that are expected
         self._least_step = kind.batch(1)
         self._base = kind.batch_context * kind.context_s
@@ -37,7 +38,7 @@ class VllmEngine(Engine):
     def submit(self, job: Job, part: Part, now: float) -> None:
         task = Task(job, part)
         task.ran = part == "decode"  # its memory is kept since `expect`
-        self.queue.append(task)
+        (self.ready if task.ran else self.queue).append(task)
         if not self.batch:
             self.start(now)
         elif len(self.batch) < self.max_seqs:
@@ -51,13 +52,11 @@ class VllmEngine(Engine):
 
     def released(self, job: Job, now: float) -> None:
         self.memory -= job.prompt
-        if self.queue and not self.batch:
-            self.start(now)
-        elif self.queue:
-            self.cut(now)
+        if self.waiting():
+            (self.cut if self.batch else self.start)(now)
 
     def waiting(self) -> bool:
-        return bool(self.queue)
+        return bool(self.ready or self.queue)
 
     def _select(self, now: float) -> None:
         self._make_room()
@@ -65,8 +64,8 @@ class VllmEngine(Engine):
         for task in self.batch:
             task.chunk = min(task.todo, budget)
             budget -= task.chunk or 1
-        while self.queue and budget > 0 and len(self.batch) < self.max_seqs:
-            task = self.queue[0]
+        while (queue := self.ready or self.queue) and budget > 0 and len(self.batch) < self.max_seqs:
+            task = queue[0]
             if not task.ran:
                 needed = task.todo + task.context
                 if self.memory and self.memory + needed + len(self.batch) > self.kind.kv_tokens:
@@ -75,7 +74,7 @@ class VllmEngine(Engine):
                 task.ran = True
                 if task.job.began < 0:
                     task.job.began = now
-            self.queue.popleft()
+            queue.popleft()
             task.chunk = min(task.todo, budget)
             budget -= task.chunk or 1
             self.batch.append(task)

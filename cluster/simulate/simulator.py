@@ -6,6 +6,7 @@ refused, and generates exactly its tokens.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
@@ -22,8 +23,7 @@ from joinwise.cluster.simulate.prefix import PrefixCaches
 from joinwise.cluster.simulate.profile import Coverage, Kind, Profile
 from joinwise.cluster.simulate.trace import Trace
 
-#: A cache that finds no room at its destination is offered again after so long.
-RETRY_S = 1.0
+_MOST_RETRIES = 1_000_000
 EngineType = Callable[[str, Kind, str, World], Engine]
 
 
@@ -37,6 +37,7 @@ class Model:
         links: makes the network.
         tbt_over_all: time between tokens is over all tokens, as SplitwiseSim has it, not over the gaps between them.
         policy: the usual one.
+        retry_s: a cache that finds no room where it is to go is offered again after so long; None: when there is room.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Model:
     links: Callable[[], Links]
     tbt_over_all: bool
     policy: str
+    retry_s: float | None = None
 
 
 MODELS = {
@@ -54,6 +56,7 @@ MODELS = {
         lambda: Links(bytes_s=200 * 1024**3, contended=False, overlap=False),
         tbt_over_all=True,
         policy="splitwise",
+        retry_s=1.0,
     ),
 }
 
@@ -112,6 +115,9 @@ class Simulation:
         #: Time, order, and either an engine with its version, or a request whose cache is to be sent (0) or there (1).
         self._heap: list[tuple[float, int, Engine | None, int, Job | None]] = []
         self._choices: dict[Job, Choice] = {}
+        self._retry_s = model.retry_s
+        self._retries = 0  # since an engine has last done anything
+        self._waiting: dict[Engine, deque[Job]] = {engine: deque() for engine in self.engines}
         self.policy = make_policy(self)
 
     def run(self) -> Outcome:
@@ -130,10 +136,11 @@ class Simulation:
                     self._transfer(job, version)  # type: ignore[arg-type]
                 elif engine.version == version:
                     self.now = at
+                    self._retries = 0
                     engine.finish(at)
                 else:
                     continue
-            else:
+            elif not self._overcommit():
                 break
             self.events += 1
         stuck = sum(job.end < 0 for job in jobs) - self.refused
@@ -188,6 +195,7 @@ class Simulation:
     def ended(self, job: Job, engine: Engine, now: float) -> None:
         """See World."""
         self.policy.ended(job, self._choices.pop(job), now)
+        self._admit(engine)
 
     def idle(self, engine: Engine, now: float) -> None:
         """See World."""
@@ -225,13 +233,41 @@ class Simulation:
         choice = self._choices[job]
         if done:
             choice.prefill.released(job, self.now)
+            self._admit(choice.prefill)
             self.policy.sent(job, choice)
             choice.decode.submit(job, "decode", self.now)
-        elif choice.decode.can_take(job):
-            choice.decode.expect(job)
-            self._later(self.links.arrival(job, choice.prefill, choice.decode, self.now), job, 1)
+        elif self._waiting[choice.decode] or not choice.decode.can_take(job):
+            if self._retry_s is None:
+                self._waiting[choice.decode].append(job)
+            else:
+                self._retries += 1
+                if self._retries > _MOST_RETRIES:
+                    raise ConfigError(
+                        f"caches wait for each other's room without end at {self.now:.0f} s; add machines"
+                    )
+                self._later(self.now + self._retry_s, job, 0)
         else:
-            self._later(self.now + RETRY_S, job, 0)
+            self._send(job, choice)
+
+    def _admit(self, engine: Engine) -> None:
+        """Room has come free: send what waits for it, in its order."""
+        waiting = self._waiting[engine]
+        while waiting and engine.can_take(waiting[0]):
+            job = waiting.popleft()
+            self._send(job, self._choices[job])
+
+    def _overcommit(self) -> bool:
+        """Nothing would happen any more, as caches wait for room that others hold: the first goes all the same."""
+        for waiting in self._waiting.values():
+            if waiting:
+                job = waiting.popleft()
+                self._send(job, self._choices[job])
+                return True
+        return False
+
+    def _send(self, job: Job, choice: Choice) -> None:
+        choice.decode.expect(job)
+        self._later(self.links.arrival(job, choice.prefill, choice.decode, self.now), job, 1)
 
 
 def _check_lengths(trace: Trace, engines: Sequence[Engine]) -> None:
