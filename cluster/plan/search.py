@@ -1,8 +1,7 @@
 """The search: simulate candidate clusters, keep those that meet the objectives, and say which is best for what.
 
 For each shape the least number of machines is found by bisection (more machines never serve worse, at the best split),
-and the splits around the most promising one are tried until one meets the objectives. What measures a cluster is given,
-so tests need no simulation.
+and so is the split between its pools. What measures a cluster is given, so tests need no simulation.
 """
 
 from __future__ import annotations
@@ -13,14 +12,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from joinwise.cluster.errors import ConfigError
-from joinwise.cluster.plan.space import Shape, least, machines, power, price, shapes, splits
+from joinwise.cluster.plan.space import Shape, machines, power, price, prompt_share, shapes
 from joinwise.cluster.simulate.pools import PoolSpec
 from joinwise.cluster.simulate.profile import Profile
 from joinwise.cluster.simulate.report import SLOS, missed
 from joinwise.cluster.simulate.trace import Trace
 
-#: Splits tried for one shape and number of machines.
-SPLITS = 3
 Slos = Mapping[str, tuple[float, float, float]]
 #: Figures of a trace on a cluster, as `joinwise simulate` has them; the rate is over the trace's own.
 Measure = Callable[[Sequence[PoolSpec], float], Mapping[str, float]]
@@ -76,6 +73,7 @@ class Search:
     measure: Measure
     slos: Slos = field(default_factory=lambda: SLOS)
     tried: dict[tuple[tuple[PoolSpec, ...], float], Candidate] = field(default_factory=dict)
+    _share: dict[Shape, float] = field(default_factory=dict)
 
     def look(self, shape: Shape, prefill: int, decode: int, rate: float = 1.0) -> Candidate:
         """Simulate one cluster, once."""
@@ -94,25 +92,36 @@ class Search:
         return self.tried[pools, rate]
 
     def best_split(self, shape: Shape, total: int, rate: float = 1.0) -> Candidate:
-        """So many machines, split so that the objectives are met, or missed by as little as was found."""
-        found = []
-        for prefill, decode in splits(self.trace, shape, self.profile, total)[:SPLITS]:
-            found.append(self.look(shape, prefill, decode, rate))
+        """So many machines, split so that the objectives are met, or missed by as little as was found.
+
+        Bisects the size of the prefill pool, from where the last success or the work suggests: a time to the first
+        token that is too long asks for more of it, a time between tokens for less.
+        """
+        if shape.mixed:
+            return self.look(shape, total, 0, rate)
+        low, high = 1, total - 1
+        share = self._share.get(shape) or prompt_share(self.trace, shape, self.profile)
+        prefill = min(high, max(low, round(share * total)))
+        found: list[Candidate] = []
+        while low <= high:
+            found.append(self.look(shape, prefill, total - prefill, rate))
             if found[-1].meets:
+                self._share[shape] = prefill / total
                 return found[-1]
+            first, between = (_worst(found[-1], name) for name in ("ttft", "tbt"))
+            if first >= between:
+                low = prefill + 1
+            else:
+                high = prefill - 1
+            prefill = (low + high) // 2
         return min(found, key=lambda each: each.worst)
 
     def fewest(self, shape: Shape, most: int) -> Candidate:
         """The smallest cluster of a shape that meets the objectives; what `most` machines can do if none does."""
-        low = min(most, least(self.trace, shape, self.profile)) - 1
         best = self.best_split(shape, most)
-        if not best.meets:
-            return best
-        high = most
-        while high - low > 1 and high > 1 + (not shape.mixed):
+        low, high = (0 if shape.mixed else 1), most
+        while best.meets and high - low > 1:
             middle = (low + high) // 2
-            if middle < 1 + (not shape.mixed):
-                break
             found = self.best_split(shape, middle)
             if found.meets:
                 best, high = found, middle
@@ -146,14 +155,15 @@ class Search:
         """By bisection over the rate, to a twentieth; pools of two kinds share the budget as the work asks."""
         prefill, decode = total, 0
         if not shape.mixed:
+            share = self._balance(shape, total)
             options = [
                 (count, int((budget - count * unit(shape.prefill)) / unit(shape.decode) + 1e-9))
                 for count in range(1, int(budget / unit(shape.prefill)) + 1)
             ]
-            share = splits(self.trace, shape, self.profile, total)[0][0] / total
             prefill, decode = min(
                 ((one, other) for one, other in options if other >= 1),
                 key=lambda sizes: abs(sizes[0] / (sizes[0] + sizes[1]) - share),
+                default=(1, 1),
             )
         low, high = 0.0, most_rate
         best = self.look(shape, prefill, decode, high)
@@ -168,6 +178,11 @@ class Search:
                 high = middle
                 best = best if best.meets else found
         return best
+
+    def _balance(self, shape: Shape, total: int) -> float:
+        """The share of machines for prompts in the smallest cluster of a shape that bears the trace."""
+        self.fewest(shape, total)
+        return self._share.get(shape) or prompt_share(self.trace, shape, self.profile)
 
 
 @dataclass(frozen=True)
@@ -222,6 +237,11 @@ def dominates(one: Candidate, other: Candidate) -> bool:
     """Whether it is no worse in rate, price and power, and better in one of them."""
     first, second = ((-each.rate, each.price, each.power) for each in (one, other))
     return first != second and all(a <= b for a, b in zip(first, second, strict=True))
+
+
+def _worst(candidate: Candidate, name: str) -> float:
+    """The largest factor by which one of a family of objectives is missed; 0 if none is."""
+    return max((factor for key, factor in candidate.over.items() if key.startswith(f"{name}_")), default=0.0)
 
 
 def _misses(candidate: Candidate) -> str:

@@ -5,7 +5,6 @@ Pure functions: nothing here simulates.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -72,20 +71,7 @@ def work(trace: Trace, prefill: Kind, decode: Kind) -> tuple[float, float]:
     return prompts / seconds, answers / seconds
 
 
-def least(trace: Trace, shape: Shape, profile: Profile) -> int:
-    """Machines below which a shape cannot keep up, whatever the split between its pools."""
+def prompt_share(trace: Trace, shape: Shape, profile: Profile) -> float:
+    """The share of a split cluster's machines that prompts ask for, by their work."""
     prompts, answers = work(trace, profile.kind(shape.prefill), profile.kind(shape.decode))
-    if shape.mixed:
-        return max(1, math.floor((prompts + answers) / 2))
-    return max(2, math.floor(prompts / 2) + math.floor(answers / 2))
-
-
-def splits(trace: Trace, shape: Shape, profile: Profile, total: int) -> list[tuple[int, int]]:
-    """Sizes of the two pools that add up to `total`, the most promising first; one entry where nothing is split."""
-    if shape.mixed:
-        return [(total, 0)]
-    prompts, answers = work(trace, profile.kind(shape.prefill), profile.kind(shape.decode))
-    share = prompts / ((prompts + answers) or 1.0)
-    return sorted(
-        ((prefill, total - prefill) for prefill in range(1, total)), key=lambda sizes: abs(sizes[0] - share * total)
-    )
+    return prompts / ((prompts + answers) or 1.0)
