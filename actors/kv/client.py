@@ -214,7 +214,7 @@ class KvClient:
             plan.unneeded,
             tuple(answer.instance for answer in answers),
             tuple(answer.lane_address for answer in answers),
-            tuple({each.encoding: each.numbers_per_s for each in answer.coding} for answer in answers),
+            tuple({s.encoding: s.numbers_per_s for s in answer.coding if s.numbers_per_s > 0} for answer in answers),
         )
         self._agreed[peers] = agreement
         return agreement

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from joinwise.actors.kv.blocks import KvBlocks
-from joinwise.actors.kv.layout import PLAIN, PeerPlan, dtype_of
+from joinwise.actors.kv.layout import PeerPlan, dtype_of
 from joinwise.actors.kv.links import Link
 from joinwise.actors.kv.receiving import CODECS
 from joinwise.kernels import kv_codec
@@ -82,7 +82,7 @@ class CodecChoice:
         self._layers = blocks.layout.layers
         self._speeds = CodingSpeeds(blocks)
         self.auto = codec == AUTO
-        self._names = tuple(dict.fromkeys(("lossless", lossy) if self.auto else (codec,)))
+        self._names = {"lossless", lossy} - {"none"} if self.auto else {codec} - {"none"}
 
     def apply(self, plan: PeerPlan, link: Link, encoding: Mapping[int, float]) -> PeerPlan:
         """The plan with the codec that its next transfer shall have; `link` says which, and why.
@@ -98,13 +98,12 @@ class CodecChoice:
         return plan if chosen is None else replace(plan, encoding=chosen)
 
     def _chosen(self, plan: PeerPlan, link: Link, encoding: Mapping[int, float]) -> tuple[int | None, str]:
-        if self._names == ("none",):
+        if not self._names:
             return None, ""
         if not all(self._layers[ours].num_heads for _, ours in plan.layers):
             return None, "uncoded: the inside of blocks is not known"
         wide = plan.wire_dtype == torch.float32
         possible = [e for e, name in CODECS.items() if name in self._names and not (wide and name == "lossless")]
-        possible = [e for e in possible if e != PLAIN]
         if not possible:
             return None, "uncoded: nothing codes float32 without loss"
         if not self.auto:

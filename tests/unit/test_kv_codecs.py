@@ -202,6 +202,23 @@ def test_speeds_are_told_to_those_who_ask(sender: Sender) -> None:
         fixed.stop()
 
 
+@pytest.mark.parametrize("speed", [0.0, -1.0, float("nan")])
+def test_a_speed_that_is_none_is_not_believed(sender: Sender, speed: float) -> None:
+    receiver = Receiver(16, codec="auto", **layout())
+    sender.server._coding.encoding = dict.fromkeys(FAST, speed)  # type: ignore[misc]
+    try:
+        for name in ("a", "b"):
+            transfer = sender.open(name, [1])
+            sender.compute(transfer)
+            receiver.fetch(name, [1], sender.server.address).succeed()
+            sender.finish(transfer)
+            (met,) = receiver.client.links.values()
+            met.bytes_per_s = SLOW_WIRE
+        assert "does not say how fast" in met.codec_why
+    finally:
+        receiver.stop()
+
+
 def test_grpc_is_measured_by_frames_that_follow_at_once(sender: Sender) -> None:
     """Not by those that waited for their layer's computation."""
     receiver = Receiver(16, codec="auto", **layout())
