@@ -84,8 +84,8 @@ class RedisTlsConfig(Section):
 class RedisConfig(Section):
     """Where decisions are made and remembered."""
 
-    url: str = Field(default="embedded", pattern=r"^(embedded|(redis|rediss|unix|redis\+sentinel)://.+)$")
-    """`embedded` starts a server with the cluster; else redis://, rediss:// (TLS), unix:// or redis+sentinel://."""
+    url: str = Field(default="embedded", pattern=r"^(embedded|(rediss?|unix|redis\+sentinel|rediss?\+cluster)://.+)$")
+    """`embedded` starts one with the cluster; else redis://, rediss:// (TLS), unix://, redis+sentinel://, redis+cluster://."""
     port: Port = 0
     """Port of the embedded server on loopback; 0 picks a free one."""
     data_dir: str | None = None

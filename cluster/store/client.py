@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, cast
 
 from redis import exceptions as failures
 from redis.asyncio import BlockingConnectionPool, Redis, SSLConnection
@@ -19,6 +19,7 @@ from redis.commands.core import AsyncScript
 
 from joinwise.cluster.config_model import RedisConfig
 from joinwise.cluster.errors import InternalError, StoreUnavailableError
+from joinwise.cluster.store.redis_cluster import SCHEMES, ClusterClient, parse_cluster
 from joinwise.cluster.store.sentinel import SCHEME, connect_sentinel
 
 _CLOCK_REFRESH_S = 60.0
@@ -30,6 +31,7 @@ _GONE = (
     failures.OutOfMemoryError,
     failures.ClusterDownError,
     failures.MasterDownError,
+    failures.RedisClusterException,
     failures.NoPermissionError,
     OSError,
 )
@@ -39,14 +41,15 @@ def connect(url: str, settings: RedisConfig | None = None) -> Redis:
     """A client for `url` that gives up in time. Connects at the first command; close it with `aclose()`.
 
     Args:
-        url: redis://, rediss://, unix:// or redis+sentinel://; an embedded server's `url` too, but not the word.
+        url: redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://; an embedded server's `url` too, but
+            not the word.
         settings: deadlines, retries and the bound on connections.
     """
     settings = settings or RedisConfig()
     if url == "embedded":
         raise InternalError("connect() needs the embedded server's url: start it with EmbeddedRedis.start()")
     tls: dict[str, Any] = {}
-    if url.startswith("rediss://") and settings.tls is not None:
+    if url.startswith(("rediss://", "rediss+cluster://")) and settings.tls is not None:
         tls = {
             "ssl_ca_certs": settings.tls.ca,
             "ssl_certfile": settings.tls.cert,
@@ -65,6 +68,9 @@ def connect(url: str, settings: RedisConfig | None = None) -> Redis:
     }
     if url.startswith(SCHEME):
         return connect_sentinel(url, **common)
+    if url.startswith(SCHEMES):
+        del common["retry_on_error"]
+        return cast(Redis, ClusterClient(parse_cluster(url), **common, **tls))  # the same commands, another class
     pool = BlockingConnectionPool.from_url(url, timeout=settings.timeout_s, **common, **tls)
     if tls:
         pool.connection_class = _FreshSSLConnection  # as an argument, the URL's own would win
