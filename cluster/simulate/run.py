@@ -91,6 +91,7 @@ def write(path: Path, figures: Mapping[str, float], rows: Sequence[Mapping[str, 
         commit = version("joinwise")
     except PackageNotFoundError:
         commit = ""
-    machine = {"cores": os.cpu_count(), "python": platform.python_version(), **about}
+    cores = {"cores": os.cpu_count(), "affinity": sorted(os.sched_getaffinity(0))}
+    machine = {**cores, "python": platform.python_version(), **about}
     result = {"bench": "simulate", "commit": commit, "machine": machine, "figures": figures, "rows": rows}
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
