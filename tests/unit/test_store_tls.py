@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import ssl
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -11,12 +12,15 @@ from urllib.parse import urlsplit
 
 import pytest
 from helpers.certificates import Authority, Files
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ConstantBackoff
 
 from joinwise.actors.tls import Certificates
 from joinwise.cluster.config import RedisConfig, RedisTlsConfig
 from joinwise.cluster.errors import StoreUnavailableError
 from joinwise.cluster.store.client import connect, store_errors
-from joinwise.cluster.store.embedded import EmbeddedRedis
+from joinwise.cluster.store.embedded import EmbeddedRedis, find_server
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +96,40 @@ async def test_strangers_are_refused_on_both_sides(plain: str, tmp_path: Path) -
             finally:
                 await client.aclose()
             assert (urlsplit(url).password or "no password") not in str(caught.value)
+
+
+async def test_a_redis_cluster_speaks_tls_too(tmp_path: Path) -> None:
+    authority = Authority("ours")
+    server = Certificates(*_paths(authority.issue(tmp_path / "server")), check_every_s=0)
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
+        port, bus = one.getsockname()[1], two.getsockname()[1]
+    options = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(tmp_path)]
+    options += ["--cluster-enabled", "yes", "--cluster-port", str(bus), "--cluster-preferred-endpoint-type", "hostname"]
+    options += ["--cluster-announce-hostname", "localhost"]
+    process = await asyncio.create_subprocess_exec(str(find_server()), *options, stdout=asyncio.subprocess.DEVNULL)
+    try:
+        direct = Redis(port=port, retry=Retry(ConstantBackoff(0.05), 100))
+        await direct.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+        while b"cluster_state:ok" not in (await direct.execute_command("CLUSTER", "INFO")):
+            await asyncio.sleep(0.02)
+        async with terminated(f"redis://127.0.0.1:{port}", server.server_context()) as url:
+            await direct.config_set("cluster-announce-port", url.rpartition(":")[2])
+            client = connect(
+                url.replace("rediss://", "rediss+cluster://"), settings(authority.issue(tmp_path / "client"))
+            )
+            assert await client.set("{jw:c}:x", "1")
+            assert await client.get("{jw:c}:x") == "1"
+            await client.aclose()
+            stranger = connect(
+                url.replace("rediss://", "rediss+cluster://"), settings(Authority("theirs").issue(tmp_path / "wrong"))
+            )
+            with pytest.raises(StoreUnavailableError), store_errors("the test runs"):
+                await stranger.get("{jw:c}:x")
+            await stranger.aclose()
+        await direct.aclose()
+    finally:
+        process.kill()
+        await process.wait()
 
 
 def _paths(files: Files) -> tuple[Path, Path, Path]:
