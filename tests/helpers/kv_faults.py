@@ -459,6 +459,8 @@ class Request:
 
     def cancel(self) -> None:
         """The receiver's engine takes it back, and gives its blocks to somebody else."""
+        # The fault may be met before every rank has asked.
+        eventually(lambda: len(self.fetches) == len(self.receives), "every rank has asked")
         self.fenced = []
         for fetch, receiver, ids in zip(self.fetches, self.world.receivers, self.targets, strict=True):
             fetch.fetch.stop()
