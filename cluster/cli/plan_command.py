@@ -137,13 +137,14 @@ def render(found: Plan, best: Candidate, spare: int, rate: float) -> RenderableT
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("", "shape", "pools", box=None, header_style="bold", pad_edge=False)
+    table = Table("", box=None, header_style="bold", pad_edge=False)
+    table.add_column("pools", no_wrap=True)
     for name in ("requests/s", "machines", "price/h", "kW", "objectives"):
         table.add_column(name, justify="right")
     for each in sorted(found.candidates, key=lambda each: (not each.meets, each.price, each.power)):
         numbers = (f"{each.rate * rate:.1f}", str(each.machines), f"{each.price:.0f}", f"{each.power:.0f}")
-        verdict = "met" if each.meets else f"missed by {each.worst:.2f}x"
-        table.add_row("*" if each in found.front else "", str(each.shape), str(each), *numbers, verdict)
+        verdict = "met" if each.meets else f"{each.worst:.2f}x over"
+        table.add_row("*" if each in found.front else "", str(each), *numbers, verdict)
     split = "do not split" if best.shape.mixed else "split"
     lines = [
         Text(f"recommended: {best} ({split}); {best.price:.0f} an hour, {best.power:.0f} kW", style="bold green"),
