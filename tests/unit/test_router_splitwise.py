@@ -9,10 +9,11 @@ import pytest
 from helpers.router_rig import Bench, Make, chosen, demand
 from redis.asyncio import Redis
 
-from joinwise.cluster.errors import OverloadedError
+from joinwise.cluster.errors import NoWorkerError, OverloadedError
 from joinwise.cluster.router.decision import Held
 from joinwise.cluster.router.registry import WorkerLoad
 from joinwise.cluster.router.router import samples_of
+from joinwise.cluster.router.terms import Terms
 from joinwise.cluster.store.keys import Keys
 
 
@@ -299,6 +300,21 @@ async def test_a_clock_that_jumps_kills_nobody(bench: Bench, clock: object, seco
     clock.pass_(11)  # type: ignore[attr-defined]
     assert await bench.router.expire() == 1
     await bench.assert_zero()
+
+
+async def test_a_session_and_a_prefix_of_another_model_draw_nothing_there(bench: Bench) -> None:
+    await fleet(bench, other="mixed")
+    epoch = bench.epochs["other"]
+    session = Terms(session="s")
+    assert chosen(await bench.router.route(demand(terms=session))) == (None, "other")
+    await bench.join("mine", "mixed", model="n")
+    for _ in range(3):  # though the other model's worker is the faster one, and says that it has all of the prompt
+        lease = await bench.router.route(demand(model="n", terms=session, held={"other": Held(epoch, 90)}))
+        assert chosen(lease) == (None, "mine")
+        await bench.registry.drain("mine", bench.epochs["mine"])
+        with pytest.raises(NoWorkerError):
+            await bench.router.route(demand(model="n", terms=session, held={"other": Held(epoch, 90)}))
+        await bench.registry.set_role("mine", bench.epochs["mine"], "mixed")
 
 
 async def test_a_worker_whose_state_was_lost_is_passed_over(bench: Bench) -> None:

@@ -33,7 +33,7 @@ local function short_list(demand, fit)
         dead = true
         drop_worker(id)
         if not w then bury(id, demand.model, fit) end
-      elseif fit[w.profile] and w.role ~= 'draining' and not demand.excluded[id] then
+      elseif w.model == demand.model and fit[w.profile] and w.role ~= 'draining' and not demand.excluded[id] then
         cost(w, demand)
         local pool = pools[w.role]
         pool[#pool + 1] = w
