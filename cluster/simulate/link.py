@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from joinwise.cluster.simulate.engine import Engine
 from joinwise.cluster.simulate.job import Job
 
-#: Bytes on the wire for one of bfloat16, by `kv.codec`.
-CODECS = {"none": 1.0, "lossless": 0.8, "int8": 0.51, "fp8": 0.5}
-
 
 @dataclass
 class Links:
@@ -19,13 +16,11 @@ class Links:
         bytes_s: of every card; None takes that of the machines, the slower of the two.
         contended: a card sends, and receives, one cache after another; else every cache has a link to itself.
         overlap: layers are sent as they are computed; else all of them after the last.
-        ratio: bytes on the wire for one of KV cache.
     """
 
     bytes_s: float | None = None
     contended: bool = True
     overlap: bool = True
-    ratio: float = 1.0
 
     def __post_init__(self) -> None:
         self._free: dict[tuple[str, str], float] = {}
@@ -33,7 +28,7 @@ class Links:
 
     def arrival(self, job: Job, sender: Engine, receiver: Engine, now: float) -> float:
         """When the last byte of a prompt's KV arrives, which is computed since `now`; takes the cards until then."""
-        size = (job.prompt - job.there) * sender.kind.kv_bytes * self.ratio
+        size = (job.prompt - job.there) * sender.kind.kv_bytes
         self.sent_bytes += size
         speed = self.bytes_s or min(sender.kind.link_bytes_s, receiver.kind.link_bytes_s)
         seconds, begin, least = size / speed, now, now
