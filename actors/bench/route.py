@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from joinwise.cluster.config_model import RouterConfig
+from joinwise.cluster.config_model import RedisConfig, RouterConfig
 from joinwise.cluster.errors import OverloadedError
 from joinwise.cluster.router.registry import Registry, WorkerInfo, WorkerLoad
 from joinwise.cluster.router.router import Assignment, Demand, Router
@@ -33,6 +33,7 @@ _SETTINGS = RouterConfig(max_pending_tokens=1 << 30, lease_s=600, worker_ttl_s=6
 _RACE_LIMIT = 8_000
 _RACE_SETTINGS = _SETTINGS.model_copy(update={"max_pending_tokens": _RACE_LIMIT})
 _CONCURRENT = 16
+_PATIENT = RedisConfig(timeout_s=60, connect_timeout_s=60)  # a busy machine is slow, not broken
 
 
 def worker(index: int, count: int) -> WorkerInfo:
@@ -94,7 +95,7 @@ class Timing:
 
 
 async def _gateway(url: str, cluster: str, decisions: int, alone: bool, seed: int) -> Timing:
-    client, rng, timing = connect(url), random.Random(seed), Timing()  # noqa: S311 - reproducible, not secret
+    client, rng, timing = connect(url, _PATIENT), random.Random(seed), Timing()  # noqa: S311 - reproducible, not secret
     router = Router(client, cluster, _SETTINGS)
     leases = [await router.route(demand(rng)) for _ in range(3)]
     if alone:
@@ -135,7 +136,7 @@ def speed(url: str, workers: int, gateways: int, decisions: int, pool: Any) -> d
     cluster = f"bench-{workers}-{gateways}"
 
     async def run(call: Callable[[Any], Any]) -> Any:
-        client = connect(url)
+        client = connect(url, _PATIENT)
         try:
             return await call(client)
         finally:
@@ -179,7 +180,7 @@ class Racer:
 
 
 async def _race(url: str, cluster: str, decisions: int, seed: int) -> Racer:
-    client, rng, seen = connect(url), random.Random(seed), Racer()  # noqa: S311
+    client, rng, seen = connect(url, _PATIENT), random.Random(seed), Racer()  # noqa: S311
     router, registry = Router(client, cluster, _RACE_SETTINGS), Registry(client, cluster, _RACE_SETTINGS)
     held: list[Assignment] = []
     for number in range(decisions):
@@ -209,7 +210,7 @@ async def _race(url: str, cluster: str, decisions: int, seed: int) -> Racer:
 
 async def _two_choices(url: str, cluster: str, decisions: int, workers: int, seed: int) -> Racer:
     """The same arrivals on local knowledge; the true loads are counted in one hash."""
-    client, rng, seen = connect(url), random.Random(seed), Racer()  # noqa: S311
+    client, rng, seen = connect(url, _PATIENT), random.Random(seed), Racer()  # noqa: S311
     mine = dict.fromkeys(range(workers // 2, workers), 0)
     held: list[tuple[int, int]] = []
     key = f"{Keys(cluster).base}two-choices"
@@ -240,12 +241,12 @@ def race(url: str, processes: int, decisions: int, workers: int) -> dict[str, An
     cluster = "race"
 
     async def prepare() -> None:
-        client = connect(url)
+        client = connect(url, _PATIENT)
         await join(client, cluster, workers, speeds=1)  # so that equal loads are what is best
         await client.aclose()
 
     async def left() -> list[str]:
-        client = connect(url)
+        client = connect(url, _PATIENT)
         try:
             return await Router(client, cluster, _RACE_SETTINGS).leftovers()
         finally:
