@@ -154,7 +154,7 @@ class KvClient:
                     for each in running:
                         each.result()
                 except BaseException:
-                    fetch.stop()
+                    fetch.end_streams()  # their threads are waited for; another attempt may follow
                     raise
         report = streams[0].report
         for stream in streams[1:]:

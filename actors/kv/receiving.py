@@ -338,7 +338,7 @@ class Fetch:
         with self._lock:
             if self._stopped:
                 raise FrameRefusedError("fenced", "the transfer was cancelled")
-            self.importers = list(importers)
+            self.importers, self._streams = list(importers), []
 
     def attach(self, cancel: Callable[[], None]) -> None:
         """Call `cancel` when this is stopped; at once where it has been."""
@@ -349,9 +349,14 @@ class Fetch:
             cancel()
 
     def stop(self) -> None:
-        """Fence every stream, and end those that are not complete."""
+        """Fence every stream, end those that are not complete, and let none begin."""
         with self._lock:
             self._stopped = True
+        self.end_streams()
+
+    def end_streams(self) -> None:
+        """Fence every stream that has begun, and end those that are not complete."""
+        with self._lock:
             importers, streams = list(self.importers), list(self._streams)
         for importer in importers:
             importer.fence()

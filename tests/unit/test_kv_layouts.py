@@ -177,6 +177,27 @@ def test_any_width_reaches_any_other(started: list, n: int, m: int) -> None:
     assert _transfer(started, sends, receives) == 0
 
 
+@pytest.mark.parametrize("transport", ["grpc", "tcp", "shm"])
+def test_ranks_that_have_restarted_are_agreed_with_again(started: list, transport: str) -> None:
+    """What one rank says of it ends the other's stream, and the fetch begins anew."""
+    ranks, whole = [Rank("tiled", 16, rank, 2) for rank in range(2)], Rank("hnd", 16)
+    assert _transfer(started, ranks, [whole], transport=transport) == 0
+    *senders, receiver = started
+    for sender in senders:
+        sender.server.instance += 1  # as if it had restarted at the same address
+    there, here = _blocks(whole, 3), _blocks(whole, 4)
+    transfers = [sender.open("u", there, num_tokens=TOKENS) for sender in senders]
+    fetch = receiver.fetch("u", here, ",".join(each.server.address for each in senders), num_tokens=TOKENS)
+    for sender, transfer in zip(senders, transfers, strict=True):
+        sender.compute(transfer)
+    fetch.succeed()
+    for sender, transfer in zip(senders, transfers, strict=True):
+        sender.finish(transfer)
+    assert sum(link.retries for link in receiver.client.links.values()) == 1
+    sent = [_content(sender, rank, there) for sender, rank in zip(senders, ranks, strict=True)]
+    assert _difference(sent, [_content(receiver, whole, here)], ranks, [whole], 0) == 0
+
+
 def test_equal_ranks_exchange_whole_blocks(started: list) -> None:
     ranks = [Rank("tiled", 16, rank, 2) for rank in range(2)]
     assert _transfer(started, ranks, ranks) == 0
