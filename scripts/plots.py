@@ -1,0 +1,76 @@
+"""Draw what benchmarks have written, for the documentation.
+
+    python scripts/plots.py docs/results/*.json
+
+Each result becomes `docs/images/<name of the file>.svg`. Benchmarks without a picture are left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
+Rows = list[dict[str, Any]]
+
+
+def kv(figure: Figure, rows: Rows) -> None:
+    """Speed of each transport, as a share of blocking TCP's, by size."""
+    axes = figure.subplots()
+    lines(axes, [row for row in rows if "transport" in row and "ratio" in row], "transport", "size_mb", "ratio")
+    axes.axhline(1.0, color="grey", linewidth=0.8, linestyle="--")
+    axes.set(
+        xscale="log", xlabel="MB at once", ylabel="GB/s over those of blocking TCP", title="KV transports, one host"
+    )
+    axes.set_ylim(bottom=0)
+
+
+def handoff(figure: Figure, rows: Rows) -> None:
+    """What a client waits for beyond the steps that compute tokens, by prompt length; one panel for each link."""
+    links = list(dict.fromkeys(row["link"] for row in rows))
+    panels = figure.subplots(1, len(links), sharey=True, squeeze=False)[0]
+    for axes, link in zip(panels, links, strict=True):
+        mine = [row | {"side": f"{row['transport']} {row['codec']}"} for row in rows if row["link"] == link]
+        lines(axes, mine, "side", "prompt_tokens", "gap_ms")
+        axes.set(xscale="log", yscale="symlog", xlabel="prompt tokens", title=f"link: {link}")
+    panels[0].set_ylabel("exposed gap after prefill, ms")
+
+
+PICTURES: dict[str, Callable[[Figure, Rows], None]] = {"kv": kv, "handoff": handoff}
+
+
+def lines(axes: Axes, rows: Rows, key: str, x: str, y: str) -> None:
+    """One line for each value of `key`."""
+    for value in dict.fromkeys(row[key] for row in rows):
+        points = sorted((row[x], row[y]) for row in rows if row[key] == value)
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=value)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+
+
+def draw(file: Path) -> Path | None:
+    """Draw one result; returns the picture's path, or None where there is none to draw."""
+    result = json.loads(file.read_text(encoding="utf-8"))
+    picture = PICTURES.get(result["bench"])
+    if picture is None:
+        return None
+    links = len({row.get("link") for row in result["rows"]})
+    figure = Figure(figsize=(5 + 3 * (links - 1), 3.6), layout="constrained")
+    picture(figure, result["rows"])
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    target = IMAGES / f"{file.stem}.svg"
+    mpl.rcParams["svg.hashsalt"] = "joinwise"  # the same picture gives the same file
+    figure.savefig(target, metadata={"Date": None})
+    return target
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        print(draw(Path(name)) or f"{name}: nothing to draw")
