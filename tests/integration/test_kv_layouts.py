@@ -29,19 +29,19 @@ _QUESTIONS = [
 """Prompts that end inside a block, at its edge and beyond several."""
 
 
-async def _answers(url: str) -> list[Answer]:
+async def _answers(url: str, questions: list[Question]) -> list[Answer]:
     """The answers of one server: each question alone, then all at once."""
     async with httpx.AsyncClient(base_url=url, timeout=300) as http:
-        alone = [await ask(http, question) for question in _QUESTIONS]
-        return alone + await asyncio.gather(*(ask(http, question) for question in _QUESTIONS))
+        alone = [await ask(http, question) for question in questions]
+        return alone + await asyncio.gather(*(ask(http, question) for question in questions))
 
 
-async def _assert_answers(cluster: RunningCluster, expected: list[Answer]) -> None:
-    answers = await _answers(cluster.http)
-    for question, ours, theirs in zip(_QUESTIONS * 2, answers, expected, strict=True):
+async def _assert_answers(cluster: RunningCluster, questions: list[Question], expected: list[Answer]) -> None:
+    answers = await _answers(cluster.http, questions)
+    for question, ours, theirs in zip(questions * 2, answers, expected, strict=True):
         assert (ours.status, theirs.status) == (200, 200), f"{question}: {ours.body} {theirs.body}"
         assert_same(str(question), ours.body, theirs.body)
-    for answer in answers[: len(_QUESTIONS)]:
+    for answer in answers[: len(questions)]:
         assert answer.ledgers[0]["transport"], "its KV has travelled"
         assert not answer.ledgers[0]["recomputed"]
     await assert_idle(cluster)
@@ -53,19 +53,19 @@ async def test_block_sizes_may_differ(small_model: object, baseline: PlainServer
     prefill["max_num_batched_tokens"] = 512
     decode["block_size"] = 64
     with running_cluster(config, tmp_path) as cluster:
-        await _assert_answers(cluster, await _answers(baseline.http))
+        await _assert_answers(cluster, _QUESTIONS, await _answers(baseline.http, _QUESTIONS))
 
 
 @pytest.mark.timeout(600)
 async def test_two_ranks_prefill_for_one(tmp_path: Path) -> None:
     """Each rank of the prefill worker holds one of the model's two KV heads."""
-    model = resolve_model(_QWEN, progress=print)
+    model, questions = resolve_model(_QWEN, progress=print), _QUESTIONS[:4]
     config = cluster_config("ranks")
     config["models"][0]["model"] = _QWEN
     config["pools"][0]["engine"]["tensor_parallel_size"] = 2
     arguments = ["--max-model-len", "2048", "--block-size", str(ENGINE["block_size"])]
     arguments += ["--kv-cache-memory-bytes", str(ENGINE["kv_cache_memory_bytes"])]
     with plain_server(str(model.path), MODEL, tmp_path, arguments) as server:  # gone before the cluster comes: memory
-        expected = await _answers(server.http)
+        expected = await _answers(server.http, questions)
     with running_cluster(config, tmp_path) as cluster:
-        await _assert_answers(cluster, expected)
+        await _assert_answers(cluster, questions, expected)
