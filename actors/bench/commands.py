@@ -11,6 +11,16 @@ from rich.table import Table
 
 bench = typer.Typer(help="Measure against a named baseline, in the same run.", no_args_is_help=True)
 console = Console(stderr=True, highlight=False)
+_HANDOFF_SHOWN = (
+    "link",
+    "transport",
+    "codec",
+    "prompt_tokens",
+    "decode_step_ms",
+    "exposed_ms",
+    "gap_ms",
+    "same_tokens",
+)
 Json = Annotated[Path | None, typer.Option("--json", help="Write figures, rows and the machine's description here")]
 
 
@@ -73,8 +83,8 @@ def handoff(
         console.print(f"not measured: {said}")
     with _progress() as say:
         figures, rows = run(sides, dtype, repeats, not said, say)
-    table = Table(*rows[0], title="joinwise bench handoff")
-    for row in rows:
+    table = Table(*_HANDOFF_SHOWN, title="joinwise bench handoff")
+    for row in ({name: row[name] for name in _HANDOFF_SHOWN} for row in rows):
         table.add_row(
             *(
                 "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
