@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from joinwise.cluster.cli.options import Json
+from joinwise.cluster.cli.options import ClusterName, Json, RedisUrl, redis_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -19,27 +18,16 @@ if TYPE_CHECKING:
 
 def explain(
     request_id: Annotated[str, typer.Argument(help="The request's id, as the client or the log has it.")],
-    redis: Annotated[
-        str | None,
-        typer.Option(
-            envvar="JOINWISE_REDIS_URL",
-            help="The cluster's Redis; without it that of the cluster that runs on this machine.",
-            show_default=False,
-        ),
-    ] = None,
-    cluster: Annotated[str, typer.Option(help="The cluster's name, with --redis.")] = "joinwise",
+    redis: RedisUrl = None,
+    cluster: ClusterName = "joinwise",
     as_json: Json = False,
 ) -> None:
     """Show the router's decisions on a request: candidates, estimates, choice and reason."""
     from rich.console import Console
 
-    from joinwise.cluster.errors import ConfigError, InvalidRequestError
+    from joinwise.cluster.errors import InvalidRequestError
 
-    url = redis
-    if url is None:
-        url, cluster = running()
-    if not url:
-        raise ConfigError("no cluster runs on this machine: say --redis URL and --cluster NAME")
+    url, cluster = redis_of(redis, cluster)
     found = asyncio.run(_read(url, cluster, request_id))
     if not found:
         raise InvalidRequestError(
@@ -62,20 +50,6 @@ async def _read(url: str, cluster: str, request_id: str) -> list[Decision]:
         return await decisions_on(client, cluster, request_id)
     finally:
         await client.aclose()
-
-
-def running() -> tuple[str, str]:
-    """Redis and name of the cluster that was last made ready on this machine; empty when there is none."""
-    from joinwise.cluster.env import home
-
-    newest: tuple[float, str, str] = (0.0, "", "")
-    for file in (home(os.environ) / "run").glob("*.json"):
-        try:
-            facts = json.loads(file.read_text(encoding="utf-8"))
-            newest = max(newest, (float(facts["started"]), str(facts["redis_url"]), str(facts["cluster"])))
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # not ready yet, or half written
-    return newest[1:]
 
 
 def render_decision(decision: Decision) -> RenderableType:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -42,7 +43,18 @@ ConfigFile = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+RedisUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--redis",
+        envvar="JOINWISE_REDIS_URL",
+        help="The cluster's Redis; without it that of the cluster that runs on this machine.",
+        show_default=False,
+    ),
+]
+ClusterName = Annotated[str, typer.Option("--cluster", help="The cluster's name, with --redis.")]
 
+Picked = TypeVar("Picked")
 DEFAULT_TARGET = "localhost:8001"
 DEFAULT_FILE = Path("joinwise.yaml")
 
@@ -59,16 +71,37 @@ def connect(target: str | None, token: str | None, tls: bool, ca: Path | None, t
 
 def default_target() -> str:
     """The gRPC address of the cluster that `joinwise up` last made ready on this machine, else the usual port."""
+    return _last_ready(lambda facts: str(facts["addresses"]["grpc"])) or DEFAULT_TARGET
+
+
+def redis_of(url: str | None, cluster: str) -> tuple[str, str]:
+    """URL of Redis and name of the cluster that the options name, or of the one that runs on this machine.
+
+    Raises:
+        ConfigError: there is no URL, and no cluster runs here.
+    """
+    from joinwise.cluster.errors import ConfigError
+
+    found = (url, cluster) if url else None
+    if url is None:
+        found = _last_ready(lambda facts: (str(facts["redis_url"]), str(facts["cluster"])))
+    if not found or not found[0]:
+        raise ConfigError("no cluster runs on this machine: say --redis URL and --cluster NAME")
+    return found
+
+
+def _last_ready(pick: Callable[[dict[str, Any]], Picked]) -> Picked | None:
+    """What `pick` finds in the run file of the cluster that was last made ready on this machine."""
     from joinwise.cluster.env import home
 
-    newest: tuple[float, str] = (0.0, DEFAULT_TARGET)
+    found: list[tuple[float, Picked]] = []
     for file in (home(os.environ) / "run").glob("*.json"):
         try:
             facts = json.loads(file.read_text(encoding="utf-8"))
-            newest = max(newest, (float(facts["started"]), str(facts["addresses"]["grpc"])))
+            found.append((float(facts["started"]), pick(facts)))
         except (OSError, ValueError, KeyError, TypeError):
             continue  # not ready yet, or half written
-    return newest[1]
+    return max(found, key=lambda each: each[0])[1] if found else None
 
 
 def config_path(file: Path | None) -> Path | None:

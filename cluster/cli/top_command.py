@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from joinwise.cluster.cli.options import ClusterName, RedisUrl, redis_of
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
@@ -20,27 +22,13 @@ _MOST_LINKS = 5
 
 
 def top(
-    redis: Annotated[
-        str | None,
-        typer.Option(
-            envvar="JOINWISE_REDIS_URL",
-            help="The cluster's Redis; without it that of the cluster that runs on this machine.",
-            show_default=False,
-        ),
-    ] = None,
-    cluster: Annotated[str, typer.Option(help="The cluster's name, with --redis.")] = "joinwise",
+    redis: RedisUrl = None,
+    cluster: ClusterName = "joinwise",
     once: Annotated[bool, typer.Option("--once", help="Print one frame and end.")] = False,
     every: Annotated[float, typer.Option(min=0.1, max=3600, help="Seconds between two frames.")] = 1.0,
 ) -> None:
     """Show pools, workers, queue, KV caches, hand-offs and rates, live; Ctrl-C ends it."""
-    from joinwise.cluster.cli.explain_command import running
-    from joinwise.cluster.errors import ConfigError
-
-    url = redis
-    if url is None:
-        url, cluster = running()
-    if not url:
-        raise ConfigError("no cluster runs on this machine: say --redis URL and --cluster NAME")
+    url, cluster = redis_of(redis, cluster)
     try:
         asyncio.run(_show(url, cluster, once=once, every_s=every))
     except KeyboardInterrupt:
