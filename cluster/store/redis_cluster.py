@@ -11,11 +11,11 @@ import asyncio
 import re
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import unquote
 
 from redis.asyncio.cluster import ClusterNode, RedisCluster
 
 from joinwise.cluster.errors import ConfigError
+from joinwise.cluster.store.authority import Hosts, parse_authority
 
 SCHEMES = ("redis+cluster://", "rediss+cluster://")
 _URL = re.compile(r"(?P<scheme>rediss?)\+cluster://(?:(?P<user>[^:@/]*):(?P<password>[^@/]*)@)?(?P<hosts>[^/@]+)/?")
@@ -27,7 +27,7 @@ _CLOCK_KEY = "{jw}"  # whose primary's clock is everybody's
 class ClusterAddress:
     """A parsed URL."""
 
-    hosts: tuple[tuple[str, int], ...]
+    hosts: Hosts
     user: str | None
     password: str | None
     tls: bool
@@ -42,14 +42,8 @@ def parse_cluster(url: str) -> ClusterAddress:
     match = _URL.fullmatch(url)
     if match is None:
         raise ConfigError(f"a Redis Cluster's address is {SCHEMES[0]}[user:password@]host:port[,host:port]")
-    hosts = []
-    for host in match["hosts"].split(","):
-        name, colon, port = host.rpartition(":")
-        if colon and not port.isdigit():
-            raise ConfigError(f"the port of the node {host!r} is not a number")
-        hosts.append((name, int(port)) if colon else (host, _DEFAULT_PORT))
-    user, password = (unquote(match[part]) if match[part] else None for part in ("user", "password"))
-    return ClusterAddress(tuple(hosts), user, password, match["scheme"] == "rediss")
+    hosts, user, password = parse_authority(match, _DEFAULT_PORT, "node")
+    return ClusterAddress(hosts, user, password, match["scheme"] == "rediss")
 
 
 class ClusterClient(RedisCluster):

@@ -16,6 +16,7 @@ from redis.asyncio import Redis
 from redis.asyncio.sentinel import Sentinel
 
 from joinwise.cluster.errors import ConfigError
+from joinwise.cluster.store.authority import Hosts, parse_authority
 
 SCHEME = "redis+sentinel://"
 _URL = re.compile(
@@ -28,7 +29,7 @@ _DEFAULT_PORT = 26379
 class SentinelAddress:
     """A parsed URL. User and password are the data servers', and the sentinels' too."""
 
-    hosts: tuple[tuple[str, int], ...]
+    hosts: Hosts
     master: str
     db: int
     user: str | None
@@ -44,14 +45,8 @@ def parse_sentinel(url: str) -> SentinelAddress:
     match = _URL.fullmatch(url)
     if match is None:
         raise ConfigError(f"a Sentinel address is {SCHEME}[user:password@]host:port[,host:port]/MASTER[/DB]")
-    hosts = []
-    for host in match["hosts"].split(","):
-        name, colon, port = host.rpartition(":")
-        if colon and not port.isdigit():
-            raise ConfigError(f"the port of the sentinel {host!r} is not a number")
-        hosts.append((name, int(port)) if colon else (host, _DEFAULT_PORT))
-    user, password = (unquote(match[part]) if match[part] else None for part in ("user", "password"))
-    return SentinelAddress(tuple(hosts), unquote(match["master"]), int(match["db"] or 0), user, password)
+    hosts, user, password = parse_authority(match, _DEFAULT_PORT, "sentinel")
+    return SentinelAddress(hosts, unquote(match["master"]), int(match["db"] or 0), user, password)
 
 
 def connect_sentinel(url: str, **options: Any) -> Redis:
