@@ -305,19 +305,20 @@ class Gateway:
                     await self._router.adopt(self._core.lost_leases(set(lost)))
 
     async def _expire(self) -> None:
-        """Bury leases that nobody renews, and workers that have gone silent; remember those that live."""
+        """Bury leases that nobody renews, and workers that have gone silent."""
         while True:
             await asyncio.sleep(self._config.router.heartbeat_s)
             with contextlib.suppress(JoinwiseError):
                 await self._router.expire()
-                await self._router.observe()
 
     async def _watch(self) -> None:
-        """Remember which roles have a live worker; a Redis that does not answer changes nothing."""
+        """Remember the live workers and their roles; a Redis that does not answer changes nothing."""
         while True:
             self._beaten = time.monotonic()
             with contextlib.suppress(JoinwiseError):
-                workers = await self._registry.list()
+                live = await self._registry.states()
+                self._router.observe(live)
+                workers = [each.info for each in live if each.info.role != "draining"]
                 self._served = frozenset(each.role for each in workers if each.model == self._model.public_name)
                 self._prefixes.keep({each.worker_id: each.epoch for each in workers})
             await asyncio.sleep(self._config.router.heartbeat_s)

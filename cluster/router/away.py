@@ -78,11 +78,10 @@ class SteadyRouter(Router):
         """Whether decisions are made without Redis now."""
         return self._returning is not None
 
-    async def observe(self) -> None:
-        """Remember the live workers, for a gap that may come; once a heartbeat. Raises StoreUnavailableError."""
-        seen = await self._registry.states()
+    def observe(self, live: tuple[WorkerState, ...]) -> None:
+        """Remember the live workers, for a gap that may come; once a heartbeat."""
         if not self.away:
-            self._seen, self._seen_at = seen, time.monotonic()
+            self._seen, self._seen_at = live, time.monotonic()
 
     async def route(self, demand: Demand) -> Assignment:
         """As `Router.route`; without Redis on the last snapshot, with the reason `redis_away`."""
@@ -100,15 +99,7 @@ class SteadyRouter(Router):
         """As `Router.prefill_done`, now or later."""
         if (lent := self._lent.get(assignment.lease_id)) is not None:
             lent.prefill_done = True
-        if not self.away:
-            try:
-                return await super().prefill_done(assignment)
-            except StoreUnavailableError:
-                if not self._fresh():
-                    raise
-                self._leave()
-        self._kept.append(partial(super().prefill_done, assignment))
-        return True
+        return await self._now_or_later(partial(super().prefill_done, assignment))
 
     async def settle(self, assignment: Assignment, generated: int | None = None) -> bool:
         """As `Router.settle`, now or later."""
@@ -116,14 +107,18 @@ class SteadyRouter(Router):
             lent.ended.add(assignment.sample)
             if len(lent.ended) == lent.demand.samples:
                 del self._lent[assignment.lease_id]
+        return await self._now_or_later(partial(super().settle, assignment, generated))
+
+    async def _now_or_later(self, word: Callable[[], Awaitable[bool]]) -> bool:
+        """Say something to Redis; True, and said later, while it is away."""
         if not self.away:
             try:
-                return await super().settle(assignment, generated)
+                return await word()
             except StoreUnavailableError:
                 if not self._fresh():
                     raise
                 self._leave()
-        self._kept.append(partial(super().settle, assignment, generated))
+        self._kept.append(word)
         return True
 
     async def _end(self, ask: Ask) -> None:

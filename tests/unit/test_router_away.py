@@ -97,7 +97,7 @@ class Site:
 async def site(server: Server, make_worker: Make) -> AsyncIterator[Site]:
     site = Site(server.url, make_worker)
     await site.beat()
-    await site.router.observe()
+    site.router.observe(await site.registry.states())
     yield site
     await site.client.aclose()
 
