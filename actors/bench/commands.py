@@ -34,6 +34,13 @@ def _progress() -> Iterator[Callable[[str], None]]:
         yield status.update
 
 
+def _show_figures(name: str, figures: dict[str, float]) -> None:
+    table = Table("figure", "value", title=f"joinwise bench {name}")
+    for figure, value in figures.items():
+        table.add_row(figure, f"{value:g}")
+    Console().print(table)
+
+
 @bench.callback()
 def _group() -> None:
     """Measure against a named baseline, in the same run."""
@@ -52,10 +59,7 @@ def serve(
 
     with _progress() as say:
         figures, rows = run(requests, max_tokens, dtype or ["float32", "bfloat16"], say)
-    table = Table("figure", "value", title="joinwise bench serve")
-    for name, value in figures.items():
-        table.add_row(name, f"{value:g}")
-    Console().print(table)
+    _show_figures("serve", figures)
     if json is not None:
         cores = "split: two engines on one core each, gateway free; plain: engine on the cores named, server free"
         report.write(json, "serve", figures, rows, report.machine(sides=cores, kv_block_size=32))
@@ -92,7 +96,7 @@ def handoff(
             )
         )
     Console().print(table)
-    Console().print(figures)
+    _show_figures("handoff", figures)
     if json is not None:
         how = "two engines on one core each, gateway free; one cluster per side, one after the other"
         report.write(json, "handoff", figures, rows, report.machine(sides=how, kv_block_size=32))
@@ -115,7 +119,7 @@ def gateway(
         console.print(f"not measured: {line}")
     for row in rows:
         Console().print(row)
-    Console().print(figures)
+    _show_figures("gateway", figures)
     if json is not None:
         how = "one stub engine each (two behind other routers), 5 ms a step; every process free to run on every core"
         report.write(json, "gateway", figures, rows, report.machine(sides=how, at_once=at_once, requests=requests))
@@ -133,10 +137,7 @@ def router(
 
     with _progress() as say:
         figures, rows = run(decisions, race, say)
-    table = Table("figure", "value", title="joinwise bench router")
-    for name, value in figures.items():
-        table.add_row(name, f"{value:g}")
-    Console().print(table)
+    _show_figures("router", figures)
     if json is not None:
         sides = "one embedded Redis; gateways are processes of their own; all share the cores"
         report.write(json, "router", figures, rows, report.machine(sides=sides))
@@ -178,10 +179,7 @@ def simulate(
 
     with _progress() as say:
         figures, rows = run(requests, say)
-    table = Table("figure", "value", title="joinwise bench simulate")
-    for name, value in figures.items():
-        table.add_row(name, f"{value:g}")
-    Console().print(table)
+    _show_figures("simulate", figures)
     if json is not None:
         sides = "one process and one embedded Redis a run; both share the cores"
         report.write(json, "simulate", figures, rows, report.machine(sides=sides))

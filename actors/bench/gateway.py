@@ -10,13 +10,11 @@ import asyncio
 import os
 import re
 import shutil
-import socket
 import statistics
-import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,8 +23,9 @@ import httpx
 import psutil
 
 from joinwise.actors.bench.local import local_cluster
-from joinwise.actors.bench.plain import plain_vllm, wait_healthy
+from joinwise.actors.bench.plain import plain_vllm
 from joinwise.actors.bench.serve import MODEL
+from joinwise.actors.bench.server import free_port, server
 from joinwise.actors.models import resolve_model
 from joinwise.cluster.config import JoinwiseConfig
 
@@ -105,33 +104,17 @@ def _start(stack: ExitStack, folder: Path, say: Say) -> list[System]:
     for name in routers:
         say(f"starting {name}")
         url = stack.enter_context(_router(name, servers, folder / f"{name}.log"))
-        behind = {f"server {number}": _listener(_port(server)) for number, server in enumerate(servers)}
+        behind = {f"server {number}": _listener(_port(each)) for number, each in enumerate(servers)}
         systems.append(System(name, url, {"router": _listener(_port(url)), **behind}))
     return systems
 
 
-@contextmanager
-def _router(name: str, servers: Sequence[str], log: Path) -> Iterator[str]:
-    with socket.socket() as probe, socket.socket() as other:
-        probe.bind(("127.0.0.1", 0))
-        other.bind(("127.0.0.1", 0))
-        port, metrics_port = probe.getsockname()[1], other.getsockname()[1]
+def _router(name: str, servers: Sequence[str], log: Path) -> AbstractContextManager[str]:
+    port = free_port()
     command = [name, *(["launch"] if name == "smg" else []), "--worker-urls", *servers, "--policy", "round_robin"]
     command += ["--host", "127.0.0.1", "--port", str(port)]
-    command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port)]
-    with log.open("w") as output:
-        router = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait_healthy(name, url, router, log)
-        yield url
-    finally:
-        router.terminate()
-        try:
-            router.wait(10)
-        except subprocess.TimeoutExpired:
-            router.kill()
-            router.wait()
+    command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())]
+    return server(name, command, port, log)
 
 
 async def _measure(systems: Sequence[System], requests: int, at_once: int, rounds: int, say: Say) -> None:

@@ -5,11 +5,10 @@ block ids that the first one gave.
 """
 
 import json
-import socket
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import httpx
 
 from joinwise.actors.bench.plain import plain_vllm
 from joinwise.actors.bench.serve import Answer, stream_into
+from joinwise.actors.bench.server import free_port
 
 _TRANSFER = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_device": "cpu"}
 _ASK = {"do_remote_decode": True, "do_remote_prefill": False}
@@ -63,11 +63,8 @@ async def ask_pair(prefill: httpx.AsyncClient, decode: httpx.AsyncClient, body: 
     return answer
 
 
-@contextmanager
-def _server(role: str, model_path: str, name: str, core: int, engine: dict[str, Any], folder: Path) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    side_channel = {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(port)}
-    with plain_vllm(model_path, name, [core], engine, folder / f"nixl-{role}.log", side_channel) as url:
-        yield url
+def _server(
+    role: str, model_path: str, name: str, core: int, engine: dict[str, Any], folder: Path
+) -> AbstractContextManager[str]:
+    side_channel = {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
+    return plain_vllm(model_path, name, [core], engine, folder / f"nixl-{role}.log", side_channel)

@@ -1,18 +1,13 @@
 """The named baseline: plain vLLM, its own server and its own engine, pinned to given cores."""
 
 import os
-import socket
-import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
-
-from joinwise.cluster.errors import ConfigError
+from joinwise.actors.bench.server import free_port, server
 
 
 @contextmanager
@@ -39,9 +34,7 @@ def plain_vllm(
     Yields:
         The server's base URL.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1"]
     command += ["--port", str(port), "--model", model_path, "--served-model-name", name]
     for key, value in engine.items():
@@ -53,35 +46,5 @@ def plain_vllm(
         "VLLM_LOGGING_LEVEL": "WARNING",
         **(settings or {}),
     }
-    with log.open("w") as output:
-        server = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait_healthy("plain vLLM", url, server, log)
+    with server("plain vLLM", command, port, log, environment) as url:
         yield url
-    finally:
-        server.terminate()
-        try:
-            server.wait(30)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
-
-
-def wait_healthy(name: str, url: str, server: "subprocess.Popen[bytes]", log: Path) -> None:
-    """Wait until a server answers /health.
-
-    Raises:
-        ConfigError: it has ended, or does not answer in time; the message has the end of its log.
-    """
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        if server.poll() is not None:
-            raise ConfigError(f"{name} ended while it started:\n{log.read_text()[-2000:]}")
-        try:
-            if httpx.get(f"{url}/health", timeout=2).status_code == 200:
-                return
-        except httpx.HTTPError:
-            pass
-        time.sleep(0.2)
-    raise ConfigError(f"{name} was not ready within 300 s:\n{log.read_text()[-2000:]}")
