@@ -326,7 +326,7 @@ async def test_a_prefill_worker_that_dies_costs_time_only(bench: Bench) -> None:
 async def test_a_decode_worker_that_dies_is_not_noticed_by_its_clients(bench: Bench) -> None:
     """And meanwhile others come and go: every one of them gets the right tokens, while the worker is replaced."""
     prompts = [f"{_STORY} number {number}" for number in range(3)]
-    expected = [answer.tokens for answer in await asyncio.gather(*(bench.ask(prompt, 96) for prompt in prompts))]
+    expected = [answer.tokens for answer in await asyncio.gather(*(bench.ask(prompt, 192) for prompt in prompts))]
     short = [tokens[:8] for tokens in expected]
     running = True
 
@@ -339,17 +339,18 @@ async def test_a_decode_worker_that_dies_is_not_noticed_by_its_clients(bench: Be
 
     async def read(prompt: str, some: asyncio.Event) -> list[int]:
         tokens = []
-        async for token in bench.stream(prompt, 96):
+        async for token in bench.stream(prompt, 192):
             tokens.append(token)
             if len(tokens) == 10:
                 some.set()
         return tokens
 
+    found = asyncio.create_task(bench.busy("decode"))  # looks already: the streams may be short
     begun = [asyncio.Event() for _ in prompts]
     streams = [asyncio.create_task(read(prompt, event)) for prompt, event in zip(prompts, begun, strict=True)]
     for event in begun:
         await event.wait()
-    victim = await bench.busy("decode")
+    victim = await found
     kill(victim)
     loads = [asyncio.create_task(load()) for _ in range(2)]
     assert await asyncio.gather(*streams) == expected
