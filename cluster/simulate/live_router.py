@@ -1,154 +1,48 @@
 """The router that serves, on a virtual clock: the same Python, the same Lua, on an embedded Redis.
 
-Calls to Redis are gathered and sent as one pipeline. Two decisions need not wait for each other while nothing that the
-first one causes can happen before the second is made: the shortest step of an engine bounds that from below
-(conservative lookahead, Chandy and Misra 1979). So the result is, to the bit, that of one call after another; a test
-compares them.
+Calls to Redis go ahead of the virtual clock, many at a time. Two decisions need not wait for each other while nothing
+that the first one causes can happen before the second is made: the shortest step of an engine bounds that from below
+(conservative lookahead, Chandy and Misra 1979). A reply is read when its request arrives, so Redis decides while the
+engines go on. The result is, to the bit, that of one call after another; a test compares them.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Coroutine, Generator, Iterable, Mapping
+from collections.abc import Coroutine, Mapping
 from typing import Any
 
-import redis
-from redis.asyncio import Redis
-
 from joinwise.cluster.config_model import RouterConfig
-from joinwise.cluster.errors import NoWorkerError, ObjectiveError, OverloadedError, StoreUnavailableError
+from joinwise.cluster.errors import NoWorkerError
 from joinwise.cluster.router.ask import MAX_HOLDERS
 from joinwise.cluster.router.decision import Held
 from joinwise.cluster.router.registry import Registry, WorkerInfo, WorkerLoad
 from joinwise.cluster.router.router import Assignment, Demand, Router
 from joinwise.cluster.simulate.engine import Engine
 from joinwise.cluster.simulate.job import Job
+from joinwise.cluster.simulate.pipeline import Pipeline, Recorder, VirtualClock
 from joinwise.cluster.simulate.policy import Choice
 from joinwise.cluster.simulate.simulator import Simulation
 from joinwise.cluster.store.embedded import EmbeddedRedis
 
 _MODEL = "m"
 _NUMBERS = itertools.count()
-_EPOCH_MS = 1_700_000_000_000
 _DAY_S = 86_400.0
 _TYPICAL_PROMPT = 1024
 _TYPICAL_BATCH = 32
 _ARRIVAL, _FIRST, _END = 0, 1, 2
-_AT_ONCE = 16  # commands sent together, so that Redis works while the next ones are made
-
-
-class _Command:
-    """What a coroutine awaits: one command to Redis."""
-
-    __slots__ = ("packed",)
-
-    def __init__(self, packed: bytes) -> None:
-        self.packed = packed
-
-    def __await__(self) -> Generator[_Command, Any, Any]:
-        return (yield self)
-
-
-class _Recorder(Redis):
-    """A client whose commands are handed to whoever drives the coroutine, instead of being sent."""
-
-    async def execute_command(self, *args: Any, **options: Any) -> Any:
-        return await _Command(_packed(args))
-
-
-def _packed(args: tuple[Any, ...]) -> bytes:
-    """A command in Redis' protocol."""
-    words = (*args[0].split(), *args[1:])  # redis-py names some commands with two words
-    parts = [b"*%d" % len(words)]
-    for word in words:
-        data = word if isinstance(word, bytes) else str(word).encode()
-        parts += (b"$%d" % len(data), data)
-    parts.append(b"")
-    return b"\r\n".join(parts)
-
-
-class Pipeline:
-    """Drives coroutines that talk to Redis through a `_Recorder`: each round sends one command of every one of them."""
-
-    def __init__(self, url: str) -> None:
-        self._pool = redis.ConnectionPool.from_url(url, decode_responses=True)
-        self._connection = self._pool.get_connection()
-
-    def close(self) -> None:
-        """Disconnect."""
-        self._pool.disconnect()
-
-    def one(self, call: Coroutine[Any, Any, Any]) -> Any:
-        """Run a single coroutine; raises what it raises."""
-        return self._finish(call, call.send(None))
-
-    def all(self, calls: Iterable[tuple[float, Coroutine[Any, Any, Any]]], clock: VirtualClock) -> list[Any]:
-        """Run coroutines, each begun at its own time; returns results, or the errors of joinwise that they raised."""
-        begun: list[Coroutine[Any, Any, Any]] = []
-        unsent: list[_Command] = []
-        results: list[Any] = []
-        try:
-            for now, call in calls:
-                clock.now = now
-                unsent.append(call.send(None))
-                begun.append(call)
-                if len(unsent) == _AT_ONCE:
-                    self._send(unsent)
-                    unsent = []
-            if unsent:
-                self._send(unsent)
-            replies = [self._reply() for _ in begun]  # all of them, before any coroutine may ask for more
-        except redis.ConnectionError as error:
-            raise StoreUnavailableError("the simulator's Redis is gone") from error
-        for call, reply in zip(begun, replies, strict=True):
-            try:
-                results.append(self._resume(call, reply))
-            except (NoWorkerError, OverloadedError, ObjectiveError) as error:
-                results.append(error)
-        return results
-
-    def _reply(self) -> Any:
-        try:
-            return self._connection.read_response()
-        except redis.ResponseError as error:
-            return error
-
-    def _send(self, commands: Iterable[_Command]) -> None:
-        packed = b"".join(command.packed for command in commands)
-        self._connection.send_packed_command([packed])  # type: ignore[no-untyped-call]
-
-    def _finish(self, call: Coroutine[Any, Any, Any], command: _Command) -> Any:
-        self._send([command])
-        return self._resume(call, self._reply())
-
-    def _resume(self, call: Coroutine[Any, Any, Any], reply: Any) -> Any:
-        """Go on with a reply; what it asks further is sent at once."""
-        while True:
-            try:
-                command = call.throw(reply) if isinstance(reply, Exception) else call.send(reply)
-            except StopIteration as done:
-                return done.value
-            self._send([command])
-            reply = self._reply()
-
-
-class VirtualClock:
-    """Milliseconds of the simulation, as the router asks for them."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> int:
-        return _EPOCH_MS + int(self.now * 1000)
 
 
 class LiveRouter:
-    """A policy that asks the router. Use it as a context: it holds a Redis.
+    """A policy that asks the router. Close it: it holds a connection.
 
     Args:
         simulation: whose engines register.
         settings: the cluster's `router` section.
-        ahead: gather decisions; False asks one at a time.
+        ahead: ask before it is time, where that is certain; False asks one at a time.
+
+    Attributes:
+        calls, rounds: calls to the router, and times that some were sent.
     """
 
     def __init__(
@@ -160,12 +54,13 @@ class LiveRouter:
         settings = settings.model_copy(
             update={"worker_ttl_s": _DAY_S, "lease_s": _DAY_S, "queue_timeout_s": 0.0, "decisions_kept": 0}
         )
-        recorder = _Recorder()
+        recorder = Recorder()
         self.cluster = cluster = f"simulated-{next(_NUMBERS)}"
         self._router = Router(recorder, cluster, settings, self._clock)
         self._registry = Registry(recorder, cluster, settings, self._clock)
         self._pipeline = Pipeline(server.url)
         self._least_s = min(engine.kind.least_s for engine in simulation.engines) if ahead else 0.0
+        self._until = 0.0  # all that happens before has been told
         self._answers: dict[Job, Assignment | Exception] = {}
         self._leases: dict[Job, Assignment] = {}
         self._held: dict[Job, Mapping[str, int]] = {}
@@ -182,17 +77,24 @@ class LiveRouter:
 
     def flush(self) -> None:
         """Tell the router of all that has happened, so that it holds nothing once every request has ended."""
-        self._flush([])
+        self._tell([])
+        while len(self._pipeline):
+            self._pipeline.finish()
 
     # --- Policy ---
 
     def route(self, job: Job, now: float) -> Choice | None:
         """The router's choice, asked for together with all that is certain to happen in the next moment."""
-        answer = self._answers.pop(job, None)
-        if answer is None:
-            until = now + self._least_s
-            self._flush(sorted(self._simulation.soon(until)) if self._least_s else [(now, 0, job.index, job, _ARRIVAL)])
-            answer = self._answers.pop(job)
+        if not self._least_s:
+            self._tell([(now, 0, job.index, job, _ARRIVAL)])
+        elif now >= self._until - self._least_s / 2:  # ask on before Redis has nothing left to do
+            self._tell(sorted(self._simulation.soon(self._until, now + self._least_s)))
+            self._until = now + self._least_s
+        while job not in self._answers:
+            asked, answer = self._pipeline.finish()
+            if asked is not None:
+                self._answers[asked] = answer
+        answer = self._answers.pop(job)
         if isinstance(answer, Exception):
             if isinstance(answer, NoWorkerError):
                 raise answer
@@ -225,19 +127,16 @@ class LiveRouter:
 
     # --- Redis ---
 
-    def _flush(self, ahead: list[tuple[float, int, int, Job, int]]) -> None:
+    def _tell(self, ahead: list[tuple[float, int, int, Job, int]]) -> None:
         """Send what is owed, then what is certain to happen."""
         todo = [(now, job, what) for now, job, what in self._owed]
         todo += [(now, job, what) for now, _, _, job, what in ahead]
         self._owed.clear()
-        if not todo:
-            return
-        self.calls += len(todo)
-        self.rounds += 1
-        results = self._pipeline.all(((now, self._call(job, what)) for now, job, what in todo), self._clock)
-        for (_, job, what), result in zip(todo, results, strict=True):
-            if what == _ARRIVAL:
-                self._answers[job] = result
+        if todo:
+            self.calls += len(todo)
+            self.rounds += 1
+            calls = ((now, job if what == _ARRIVAL else None, self._call(job, what)) for now, job, what in todo)
+            self._pipeline.begin(calls, self._clock)
 
     def _call(self, job: Job, what: int) -> Coroutine[Any, Any, Any]:
         """What to ask of the router; called in the order of time, also for what is still to happen."""

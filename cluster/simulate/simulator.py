@@ -157,14 +157,16 @@ class Simulation:
             prefix=self.caches.figures() if self.caches is not None else {},
         )
 
-    def soon(self, until: float) -> Iterator[tuple[float, int, int, Job, int]]:
-        """Arrivals, first tokens and ends before `until` that nothing can change any more if `until` is no further off
-        than the shortest step: (time, 0 for an arrival, order, request, 0 arrival, 1 first token, 2 end)."""
+    def soon(self, since: float, until: float) -> Iterator[tuple[float, int, int, Job, int]]:
+        """Arrivals, first tokens and ends from `since` up to, but not at, `until` that nothing can change any more if
+        that is no further off than the shortest step: (time, 0 for an arrival, order, request, 0 arrival, 1 first
+        token, 2 end)."""
         for index in range(self._next - 1, len(self.jobs)):
             job = self.jobs[index]
             if job.at >= until:
                 break
-            yield job.at, 0, job.index, job, 0
+            if job.at >= since:
+                yield job.at, 0, job.index, job, 0
         stack = [0]
         while stack:  # a heap's children come no earlier than their parent
             place = stack.pop()
@@ -172,7 +174,7 @@ class Simulation:
                 continue
             at, order, engine, version, _ = self._heap[place]
             stack += (2 * place + 1, 2 * place + 2)
-            if engine is not None and engine.version == version:
+            if at >= since and engine is not None and engine.version == version:
                 for number, (job, last) in enumerate(engine.finishing()):
                     yield at, 1, (order << 12) + number, job, 2 if last else 1
 
