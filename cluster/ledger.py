@@ -14,6 +14,7 @@ class RequestLedger:
     """One request's account, on the gateway's clock unless said otherwise.
 
     Attributes:
+        arrived: when it was rendered, in seconds since 1970 on the gateway's wall clock; 0 where that is not known.
         assignment_reason: why it was routed so (`router.decision.Assignment.reason`).
         prefill_worker: None when one worker did all of it.
         transport: how its KV crossed; None when none did.
@@ -37,6 +38,7 @@ class RequestLedger:
 
     request_id: str
     model: str = ""
+    arrived: float = 0.0
     assignment_reason: str = ""
     prefill_worker: str | None = None
     decode_worker: str | None = None

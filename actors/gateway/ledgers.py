@@ -6,6 +6,7 @@ the wire) comes in its transfer report.
 
 import itertools
 import statistics
+import time
 from collections import OrderedDict
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -103,6 +104,7 @@ class LedgerBuilder:
         return RequestLedger(
             request_id=self.request_id,
             model=self.model,
+            arrived=time.time() - (time.monotonic() - self._created),
             assignment_reason=assignment.reason if assignment is not None else "",
             prefill_worker=prefill.worker_id if prefill is not None else None,
             decode_worker=assignment.decode.worker_id if assignment is not None else None,

@@ -34,7 +34,7 @@ _ROWS = (
     ("recomputed", "recomputed", ""),
     ("total_s", "total", ""),
 )
-_HIDDEN = frozenset({"version", "request_id", "model", "attempt"})
+_HIDDEN = frozenset({"version", "request_id", "model", "attempt", "arrived"})
 
 
 def render_ledger(ledger: Mapping[str, Any]) -> Table:

@@ -16,6 +16,7 @@ from joinwise.cluster.cli import (
     status_command,
     talk,
     top_command,
+    trace_command,
 )
 from joinwise.cluster.cli.shell import Shell
 
@@ -34,6 +35,7 @@ app.command()(talk.chat)
 app.command()(talk.generate)
 app.command()(simulate_command.simulate)
 app.command()(plan_command.plan)
+app.add_typer(trace_command.app, name="trace")
 app.add_typer(config_command.app, name="config")
 app.add_typer(keys_command.app, name="keys")
 app.command()(doctor_command.doctor)
