@@ -1,0 +1,191 @@
+"""The asking end: what an engine's batch looks like in sequences, and which of a draft actor's answers may be used.
+
+vLLM tells a proposer rows of its batch, not requests: a row may hold another request in the next step. So a row is
+known by its tokens alone. A sequence is a row of earlier steps whose tokens the row still begins with; where there is
+none, the row begins a new sequence. Which request it is does not matter: drafts depend on tokens only.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from joinwise.actors.draft.link import Session
+from joinwise.actors.draft.wire import MAX_K, prefix_hash
+from joinwise.proto import draft_pb2
+
+_FORGET_AFTER = 64
+"""Rounds without a row after which a sequence is over: its request has ended, or waits for its turn."""
+_LONGEST_PAUSE = 64
+"""Steps for which nothing is asked after answers that came too late."""
+
+
+@dataclass(eq=False)
+class Track:
+    """One sequence.
+
+    Attributes:
+        number: its name towards the draft actor.
+        tokens: all of it when it was last seen, shape (n,).
+        seen: the round in which it was.
+    """
+
+    number: int
+    tokens: np.ndarray
+    seen: int
+
+    def begins(self, history: np.ndarray) -> bool:
+        """Whether a row goes on from here."""
+        return len(self.tokens) <= len(history) and np.array_equal(self.tokens, history[: len(self.tokens)])
+
+
+class Tracks:
+    """Finds each row's sequence."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count(1)
+        self._by_row: dict[int, Track] = {}
+        self._others: list[Track] = []
+        self._round = 0
+
+    def follow(self, rows: Mapping[int, np.ndarray]) -> tuple[dict[int, Track], list[int]]:
+        """Take note of a step.
+
+        Args:
+            rows: tokens of each row that is to be drafted for, shape (n,); they are copied.
+
+        Returns:
+            The sequence of each row, and the numbers of those that are over.
+        """
+        self._round += 1
+        found = {row: each for row, each in self._by_row.items() if row in rows and each.begins(rows[row])}
+        free = [each for row, each in self._by_row.items() if row not in found] + self._others
+        free.sort(key=lambda each: -len(each.tokens))  # of several that fit, the one that knows most
+        for row in rows.keys() - found.keys():
+            match = next((each for each in free if each.begins(rows[row])), None)
+            if match is not None:
+                free.remove(match)
+            found[row] = match or Track(next(self._numbers), rows[row], self._round)
+        for row, track in found.items():
+            track.tokens, track.seen = rows[row].copy(), self._round
+        self._by_row = found
+        self._others = [each for each in free if self._round - each.seen <= _FORGET_AFTER]
+        return found, [each.number for each in free if self._round - each.seen > _FORGET_AFTER]
+
+
+@dataclass
+class AskFigures:
+    """What asking has brought.
+
+    Attributes:
+        asked: rounds that were sent.
+        missed: of those, rounds whose answer did not come in time.
+        skipped: steps in which there was nobody to ask, or nobody was asked after answers that came late.
+        refused: drafts that were not used, by reason.
+        drafted: ids that were handed to the engine.
+    """
+
+    asked: int = 0
+    missed: int = 0
+    skipped: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+    drafted: int = 0
+
+
+class Asker:
+    """Asks for one engine, a round a step.
+
+    Args:
+        vocabulary: ids below it exist in the target.
+        max_tokens: of a sequence, prompt and answer together.
+        patience_s: seconds that a step waits for drafts at most.
+    """
+
+    def __init__(self, *, vocabulary: int, max_tokens: int, patience_s: float) -> None:
+        self._vocabulary = vocabulary
+        self._max_tokens = max_tokens
+        self._patience_s = patience_s
+        self._tracks = Tracks()
+        self._ended: list[int] = []
+        self._misses = 0
+        self._pause = 0
+        self._session: Session | None = None
+        self.figures = AskFigures()
+
+    def drafts(self, session: Session | None, rows: Mapping[int, np.ndarray], k: int) -> dict[int, list[int]]:
+        """Drafts for the next step, by row; none for a row means that it is not speculated for.
+
+        Args:
+            session: whom to ask; None when there is nobody who could answer.
+            rows: tokens of each row, shape (n,).
+            k: ids wanted for each; 0 asks nothing.
+        """
+        limits = {row: min(k, MAX_K, self._max_tokens - len(history) - 1) for row, history in rows.items()}
+        rows = {row: history for row, history in rows.items() if limits[row] > 0}
+        if not rows:
+            return {}
+        if session is None or self._rests(session):
+            self.figures.skipped += 1
+            return {}
+        tracks, over = self._tracks.follow(rows)
+        self._ended += over
+        asked = self._round(session, tracks, limits)
+        self.figures.asked += 1
+        answer = session.ask(asked, self._patience_s)
+        if answer is None:
+            self.figures.missed += 1
+            self._misses += 1
+            self._pause = min(2**self._misses - 1, _LONGEST_PAUSE)
+            return {}
+        self._misses = 0
+        drafts = self._usable(session, asked, answer)
+        self.figures.drafted += sum(map(len, drafts.values()))
+        return {row: drafts[track.number] for row, track in tracks.items() if drafts.get(track.number)}
+
+    def _rests(self, session: Session) -> bool:
+        """Whether nothing is asked in this step: whoever was late lately is asked less often."""
+        if session is not self._session:
+            self._session, self._misses, self._pause = session, 0, 0
+        self._pause -= 1
+        return self._pause >= 0
+
+    def _round(self, session: Session, tracks: Mapping[int, Track], limits: Mapping[int, int]) -> draft_pb2.DraftRound:
+        """What the actor does not know yet, with what it shall draft. From here on the session counts it as told."""
+        ended, self._ended = self._ended, []
+        asked = draft_pb2.DraftRound(ended=[each for each in ended if session.told.pop(each, None) is not None])
+        for row, track in tracks.items():
+            start = session.told.get(track.number, 0)
+            asked.asks.add(
+                sequence=track.number,
+                start=start,
+                token_ids=track.tokens[start:].tolist(),
+                prefix_hash=prefix_hash(track.tokens),
+                k=limits[row],
+            )
+            session.told[track.number] = len(track.tokens)
+        return asked
+
+    def _usable(
+        self, session: Session, asked: draft_pb2.DraftRound, answer: draft_pb2.DraftAnswer
+    ) -> dict[int, list[int]]:
+        """Ids by sequence. What does not fit the question is left out as a whole: who sent it may be wrong in more."""
+        asks = {ask.sequence: ask for ask in asked.asks}
+        usable: dict[int, list[int]] = {}
+        for draft in answer.drafts:
+            ask = asks.pop(draft.sequence, None)
+            if ask is None:
+                self.figures.refused["nobody asked for the sequence"] += 1
+            elif draft.unknown:
+                session.told.pop(draft.sequence, None)
+                self.figures.refused["the actor does not know the sequence"] += 1
+            elif draft.prefix_hash != ask.prefix_hash:
+                self.figures.refused["it continues other tokens"] += 1
+            elif len(draft.token_ids) > ask.k:
+                self.figures.refused["more ids than asked for"] += 1
+            elif any(token >= self._vocabulary for token in draft.token_ids):
+                self.figures.refused["ids out of range"] += 1
+            else:
+                usable[draft.sequence] = list(draft.token_ids)
+        return usable

@@ -1,0 +1,63 @@
+"""Prompt lookup: what followed the last tokens when they stood in the sequence before will follow them again.
+
+Source: Saxena, "Prompt Lookup Decoding" (2023); the same as vLLM's `ngram`.
+"""
+
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+
+from joinwise.actors.draft.drafter import Ask
+
+_LONGEST, _SHORTEST = 4, 2
+
+
+class PromptLookup:
+    """Drafts in any vocabulary, and keeps nothing."""
+
+    name = "lookup"
+    held = 0
+
+    def draft(self, asks: Sequence[Ask]) -> list[list[int]]:
+        """See `lookup`."""
+        return [lookup(ask.tokens, ask.k) for ask in asks]
+
+    def catch_up(self) -> bool:
+        """Nothing is put off."""
+        return False
+
+    def forget(self, key: Hashable) -> None:
+        """Nothing is kept."""
+
+
+def lookup(tokens: np.ndarray, k: int, *, longest: int = _LONGEST, shortest: int = _SHORTEST) -> list[int]:
+    """Continue a sequence as it went on after the latest of the longest earlier matches of its end.
+
+    A match near the end is continued by what it predicts itself, so that a text that repeats is drafted `k` ids far.
+
+    Args:
+        tokens: shape (n,).
+        k: ids to draft.
+        longest: tokens at the end that are compared at most.
+        shortest: tokens that must match at least.
+
+    Returns:
+        `k` ids, or none without a match.
+    """
+    size = len(tokens)
+    ends = np.flatnonzero(tokens[: size - 1] == tokens[size - 1]) if size else np.empty(0, np.int64)
+    best = -1
+    for length in range(1, longest + 1):
+        if length > 1:
+            ends = ends[ends >= length - 1]
+            ends = ends[tokens[ends - (length - 1)] == tokens[size - length]]
+        if not len(ends):
+            break
+        if length >= shortest:
+            best = int(ends[-1])
+    if best < 0:
+        return []
+    drafted: list[int] = []
+    for at in range(best + 1, best + 1 + k):
+        drafted.append(int(tokens[at]) if at < size else drafted[at - size])
+    return drafted
