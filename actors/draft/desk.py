@@ -118,6 +118,7 @@ class Desk:
 
     def _run(self) -> None:
         try:
+            self._drafter.begin()
             behind = False
             while True:
                 rounds = self._take(behind)

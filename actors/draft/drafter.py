@@ -35,6 +35,10 @@ class Drafter(Protocol):
         """Sequences for which it keeps something."""
         ...
 
+    def begin(self) -> None:
+        """Called once, on the thread that will call the rest."""
+        ...
+
     def draft(self, asks: Sequence[Ask]) -> list[list[int]]:
         """At most `k` ids for each ask, in the asks' order; an empty list where it has nothing to offer in time."""
         ...

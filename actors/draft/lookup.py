@@ -18,6 +18,9 @@ class PromptLookup:
     name = "lookup"
     held = 0
 
+    def begin(self) -> None:
+        """Nothing to prepare."""
+
     def draft(self, asks: Sequence[Ask]) -> list[list[int]]:
         """See `lookup`."""
         return [lookup(ask.tokens, ask.k) for ask in asks]
