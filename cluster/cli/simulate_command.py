@@ -49,12 +49,21 @@ def simulate(
     prompt_scale: Annotated[float, typer.Option(help="Make prompts so many times as long.")] = 1.0,
     output_scale: Annotated[float, typer.Option(help="Make answers so many times as long.")] = 1.0,
     limit: LimitOption = None,
-    seed: Annotated[int, typer.Option(help="Of made traces, and of policies that draw lots.")] = 0,
+    fail: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Machines that die: at=30,pool=decode,machines=2,down=120, or mtbf=3600,down=120 for each of them; "
+            "start= is what its engine takes to start, notice= until the cluster knows. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of made traces, and of policies and failures that draw lots.")] = 0,
     json: Annotated[Path | None, typer.Option(help="Write figures to this file.", show_default=False)] = None,
 ) -> None:
     """Run a trace through a cluster on a virtual clock: latencies, slowdowns, and whether the objectives are met."""
     from rich.console import Console
 
+    from joinwise.cluster.simulate.outages import parse_failures
     from joinwise.cluster.simulate.pools import parse_pools
     from joinwise.cluster.simulate.run import simulate as run
     from joinwise.cluster.simulate.run import write
@@ -62,12 +71,13 @@ def simulate(
 
     requests = parse(trace, seed).scaled(rate, prompt_scale, output_scale, limit)
     cluster, measured = parse_pools(pools), load_profile(profile, llm)
+    failures = [parse_failures(text) for text in fail or ()]
     with Console(stderr=True).status("simulating"):
-        result = run(requests, cluster, measured, model=model, policy=policy, seed=seed)
+        result = run(requests, cluster, measured, model=model, policy=policy, seed=seed, failures=failures)
     Console().print(render(result))
     if json is not None:
         about = {"trace": requests.name, "pools": pools, "model": model, "policy": policy, "llm": llm, "seed": seed}
-        write(json, result.figures, result.rows, **about, extrapolated=result.outcome.beyond)
+        write(json, result.figures, result.rows, **about, fail=fail, extrapolated=result.outcome.beyond)
 
 
 def load_profile(path: Path | None, llm: str) -> Profile:
@@ -100,7 +110,10 @@ def render(result: Result) -> RenderableType:
     for name, factor in over.items():
         lines.append(Text(f"{name} is {factor:.2f} times its limit", style="red"))
     if found["refused"]:
-        lines.append(Text(f"{found['refused']:.0f} requests were refused", style="red"))
+        lines.append(Text(f"{found['refused']:.0f} requests were refused, or ended with an error", style="red"))
+    if found["moved"]:
+        again = f"{found['again_tokens']:.0f} tokens were computed again"
+        lines.append(Text(f"{found['moved']:.0f} times a request lost its machine and went on elsewhere; {again}"))
     for what, times in result.outcome.beyond.items():
         lines.append(Text(f"extrapolated: {what}, {times} times beyond the profile's measurements", style="yellow"))
     busy = ", ".join(f"{row['pool']} {row['utilization']:.0%}" for row in result.rows)

@@ -27,9 +27,10 @@ class Task:
         chunk: prompt tokens of the step under way.
         skipped: steps for which others were taken instead.
         ran: it was in a batch before.
+        computed: its prompt was whole before; what is still to be computed was lost to others.
     """
 
-    __slots__ = ("chunk", "context", "job", "left", "part", "ran", "skipped", "todo")
+    __slots__ = ("chunk", "computed", "context", "job", "left", "part", "ran", "skipped", "todo")
 
     def __init__(self, job: Job, part: Part) -> None:
         self.job = job
@@ -40,6 +41,7 @@ class Task:
         self.chunk = 0
         self.skipped = 0
         self.ran = False
+        self.computed = part == "decode"
 
 
 class World(Protocol):
@@ -69,6 +71,7 @@ class Engine(ABC):
         begun: when the steps under way began; `steps` of them of `step_s` seconds.
         version: rises whenever the end of the steps under way moves.
         busy_s: seconds in which it computed.
+        down: it has died, and computes nothing.
     """
 
     def __init__(self, worker_id: str, kind: Kind, home: str, world: World) -> None:
@@ -82,6 +85,7 @@ class Engine(ABC):
         self.steps = 0
         self.version = 0
         self.busy_s = 0.0
+        self.down = False
         self.prompting = False  # the step under way computes prompts
         self._cut = False  # the steps under way end early already
 
@@ -117,12 +121,37 @@ class Engine(ABC):
     def waiting(self) -> bool:
         """Whether requests are here that are not in the batch."""
 
+    @abstractmethod
+    def unexpect(self, job: Job) -> None:
+        """The KV cache that room was kept for does not come."""
+
+    @abstractmethod
+    def abort(self, job: Job, now: float) -> None:
+        """Forget a request that is here; the step under way is computed all the same."""
+
+    @abstractmethod
+    def tasks(self) -> Iterator[Task]:
+        """All that is here."""
+
+    def die(self, now: float) -> dict[Job, int]:
+        """Compute nothing from now on. Returns for every request here what it has generated here."""
+        done = min(self.steps - 1, int((now - self.begun) // self.step_s)) if self.batch and not self.prompting else 0
+        for task in self.batch:
+            task.left -= done
+        self.down = True
+        self.version += 1
+        return {task.job: max(0, task.job.output - task.left) if task.computed else 0 for task in self.tasks()}
+
+    def clear(self) -> None:
+        """Forget all requests, and their KV cache."""
+        self.batch = []
+
     def finishing(self) -> Iterator[tuple[Job, bool]]:
         """Requests whose first token (False) or last one (True) comes out when the steps under way end."""
         for task in self.batch:
-            whole_prompt = task.chunk and task.chunk == task.todo
+            whole_prompt = task.chunk > 0 and task.chunk == task.todo
             last = task.left == (1 if task.chunk else self.steps) and (not task.chunk or whole_prompt)
-            if whole_prompt and task.job.first < 0:
+            if whole_prompt and not task.computed:
                 yield task.job, False
             if last and (task.part != "prefill" or task.job.output == 1):
                 yield task.job, True
@@ -130,6 +159,8 @@ class Engine(ABC):
     def start(self, now: float) -> None:
         """Begin the next steps, if there is anything to do."""
         self._cut = False
+        if self.down:
+            return
         self._select(now)
         if not self.batch:
             if not self.waiting():
@@ -141,7 +172,7 @@ class Engine(ABC):
 
     def cut(self, now: float) -> None:
         """End the steps under way with the one that is being computed; one with prompts is only one anyway."""
-        if self._cut or self.prompting:
+        if self._cut or self.prompting or self.down:
             return
         self._cut = True
         steps = min(self.steps, int((now - self.begun) // self.step_s) + 1)
@@ -154,11 +185,13 @@ class Engine(ABC):
         self.busy_s += self.step_s * self.steps
         stay = []
         for task in self.batch:
-            first = task.chunk > 0 and task.chunk == task.todo and task.job.first < 0
+            first = task.chunk > 0 and task.chunk == task.todo and not task.computed
             gone = self._step(task)
             job = task.job
             if first:
-                job.first = now
+                task.computed = True
+                if job.first < 0:
+                    job.first = now
                 self.world.first_token(job, self, now)
             if gone:
                 if task.part != "prefill" or job.output == 1:

@@ -9,6 +9,7 @@ KV memory is taken in whole when a part begins. That is not how engines behave; 
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Iterator
 
 from joinwise.cluster.simulate.engine import Engine, Part, Task, World
 from joinwise.cluster.simulate.job import Job
@@ -68,6 +69,16 @@ class SplitwiseEngine(Engine):
 
     def expect(self, job: Job) -> None:
         self.memory += job.kv
+
+    def unexpect(self, job: Job) -> None:
+        self.memory -= job.kv
+
+    def abort(self, job: Job, now: float) -> None:
+        """SplitwiseSim's machines never fail, so its assumptions say nothing about it; `Model.fails` keeps it away."""
+        raise NotImplementedError
+
+    def tasks(self) -> Iterator[Task]:
+        yield from self.present
 
     def released(self, job: Job, now: float) -> None:
         self.memory -= job.kv

@@ -9,6 +9,7 @@ that decode, what a measured batch of that size costs beyond a single one, with 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 
 from joinwise.cluster.simulate.engine import Engine, Part, Task, World
 from joinwise.cluster.simulate.job import Job
@@ -49,6 +50,30 @@ class VllmEngine(Engine):
 
     def expect(self, job: Job) -> None:
         self.memory += job.prompt
+
+    def unexpect(self, job: Job) -> None:
+        self.memory -= job.prompt
+
+    def abort(self, job: Job, now: float) -> None:
+        for tasks in (self.batch, self.queue, self.ready):
+            for task in tasks:
+                if task.job is job:
+                    tasks.remove(task)
+                    self.memory -= task.context + task.todo if task.ran else 0
+                    if not self.batch and self.waiting():
+                        self.start(now)
+                    return
+
+    def tasks(self) -> Iterator[Task]:
+        yield from self.batch
+        yield from self.ready
+        yield from self.queue
+
+    def clear(self) -> None:
+        super().clear()
+        self.queue.clear()
+        self.ready.clear()
+        self.memory = 0
 
     def released(self, job: Job, now: float) -> None:
         self.memory -= job.prompt

@@ -9,7 +9,8 @@ engines go on. The result is, to the bit, that of one call after another; a test
 from __future__ import annotations
 
 import itertools
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
 from typing import Any
 
 from joinwise.cluster.config_model import RouterConfig
@@ -31,6 +32,9 @@ _DAY_S = 86_400.0
 _TYPICAL_PROMPT = 1024
 _TYPICAL_BATCH = 32
 _ARRIVAL, _FIRST, _END = 0, 1, 2
+
+#: When, for whom the answer is (None: for nobody), and what makes the call.
+_Call = tuple[float, Job | None, Callable[[], Coroutine[Any, Any, Any]]]
 
 
 class LiveRouter:
@@ -65,7 +69,7 @@ class LiveRouter:
         self._leases: dict[Job, Assignment] = {}
         self._held: dict[Job, Mapping[str, int]] = {}
         self._epochs: dict[str, int] = {}
-        self._owed: list[tuple[float, Job, int]] = []
+        self._owed: list[_Call] = []
         self.calls = self.rounds = 0
         for engine in simulation.engines:
             self._join(engine)
@@ -78,30 +82,20 @@ class LiveRouter:
     def flush(self) -> None:
         """Tell the router of all that has happened, so that it holds nothing once every request has ended."""
         self._tell([])
-        while len(self._pipeline):
-            self._pipeline.finish()
+        self._drain()
 
     # --- Policy ---
 
     def route(self, job: Job, now: float) -> Choice | None:
         """The router's choice, asked for together with all that is certain to happen in the next moment."""
         if not self._least_s:
-            self._tell([(now, 0, job.index, job, _ARRIVAL)])
+            self._tell([self._ahead(now, job, _ARRIVAL)])
         elif now >= self._until - self._least_s / 2:  # ask on before Redis has nothing left to do
-            self._tell(sorted(self._simulation.soon(self._until, now + self._least_s)))
-            self._until = now + self._least_s
-        while job not in self._answers:
-            asked, answer = self._pipeline.finish()
-            if asked is not None:
-                self._answers[asked] = answer
-        answer = self._answers.pop(job)
-        if isinstance(answer, Exception):
-            if isinstance(answer, NoWorkerError):
-                raise answer
-            return None
-        self._leases[job] = answer
-        decode = self._engines[answer.decode.worker_id]
-        return Choice(self._engines[answer.prefill.worker_id] if answer.prefill else decode, decode)
+            until = min(now + self._least_s, self._simulation.disruption.next_at)
+            soon = sorted(self._simulation.soon(self._until, until))
+            self._tell([self._ahead(at, each, what) for at, _, _, each, what in soon])
+            self._until = until
+        return self._answer(job)
 
     def held(self, job: Job) -> Mapping[str, int] | None:
         """What workers held at the moment of the decision, which may have been made ahead."""
@@ -111,7 +105,7 @@ class LiveRouter:
         """Give the prompt's tokens back, unless that was foreseen."""
         if job.told < _FIRST:
             job.told = _FIRST
-            self._owed.append((now, job, _FIRST))
+            self._owed.append((now, None, partial(self._router.prefill_done, self._leases[job])))
 
     def sent(self, job: Job, choice: Choice) -> None:
         """Nothing: the router counts no transfers."""
@@ -120,23 +114,66 @@ class LiveRouter:
         """Settle the lease, unless that was foreseen."""
         if job.told < _END:
             job.told = _END
-            self._owed.append((now, job, _END))
+            self._owed.append((now, None, partial(self._router.settle, self._leases.pop(job), job.output)))
 
     def idle(self, engine: Engine, now: float) -> None:
         """Nothing: the router sends workers home by itself."""
 
+    def lost(self, engine: Engine, now: float) -> None:
+        """Take its registration away, as silence would."""
+        self.flush()
+        self._clock.now = now
+        self._pipeline.one(self._registry.deregister(engine.worker_id, self._epochs[engine.worker_id]))
+
+    def back(self, engine: Engine, now: float) -> None:
+        """Register it anew."""
+        self.flush()
+        self._clock.now = now
+        self._join(engine)
+
+    def again(self, job: Job, now: float) -> Engine | None:
+        """Ask for a worker for all of it, as a gateway does that has lost one."""
+        demand = Demand(str(job.index), _MODEL, job.prompt, job.output, whole=True, urgent=True)
+        self._tell([(now, job, partial(self._router.route, demand))])
+        choice = self._answer(job)
+        return choice.decode if choice is not None else None
+
     # --- Redis ---
 
-    def _tell(self, ahead: list[tuple[float, int, int, Job, int]]) -> None:
-        """Send what is owed, then what is certain to happen."""
-        todo = [(now, job, what) for now, job, what in self._owed]
-        todo += [(now, job, what) for now, _, _, job, what in ahead]
+    def _tell(self, calls: list[_Call]) -> None:
+        """Send what is owed, then these."""
+        todo = [*self._owed, *calls]
         self._owed.clear()
         if todo:
             self.calls += len(todo)
             self.rounds += 1
-            calls = ((now, job if what == _ARRIVAL else None, self._call(job, what)) for now, job, what in todo)
-            self._pipeline.begin(calls, self._clock)
+            self._pipeline.begin(((now, name, call()) for now, name, call in todo), self._clock)
+
+    def _drain(self) -> None:
+        """Wait for all that was sent."""
+        while len(self._pipeline):
+            self._finish()
+
+    def _finish(self) -> None:
+        asked, answer = self._pipeline.finish()
+        if asked is not None:
+            self._answers[asked] = answer
+
+    def _answer(self, job: Job) -> Choice | None:
+        """Wait for the answer to a request's demand; None when it is refused."""
+        while job not in self._answers:
+            self._finish()
+        answer = self._answers.pop(job)
+        if isinstance(answer, Exception):
+            if isinstance(answer, NoWorkerError) and not self._simulation.disruption.ever:
+                raise answer
+            return None
+        self._leases[job] = answer
+        decode = self._engines[answer.decode.worker_id]
+        return Choice(self._engines[answer.prefill.worker_id] if answer.prefill else decode, decode)
+
+    def _ahead(self, now: float, job: Job, what: int) -> _Call:
+        return now, job if what == _ARRIVAL else None, partial(self._call, job, what)
 
     def _call(self, job: Job, what: int) -> Coroutine[Any, Any, Any]:
         """What to ask of the router; called in the order of time, also for what is still to happen."""

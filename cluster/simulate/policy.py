@@ -43,6 +43,15 @@ class Policy(Protocol):
     def idle(self, engine: Engine, now: float) -> None:
         """An engine has nothing left to do."""
 
+    def lost(self, engine: Engine, now: float) -> None:
+        """An engine has died: no request may go there."""
+
+    def back(self, engine: Engine, now: float) -> None:
+        """An engine that was lost serves again."""
+
+    def again(self, job: Job, now: float) -> Engine | None:
+        """Who goes on with all of a request whose engine was lost; None if nobody can."""
+
 
 class Pools:
     """A policy's engines by pool: whole requests go to mixed ones, else one of prefill and one of decode share it."""
@@ -53,6 +62,14 @@ class Pools:
         self.decode = [engine for engine in engines if engine.home == "decode"]
         if not self.mixed and not (self.prefill and self.decode):
             raise ConfigError("a cluster needs machines for prefill and for decode, or mixed ones")
+
+    def route(self, job: Job, now: float) -> Choice | None:
+        """The engines; None while those that are left cannot serve a request."""
+        return self.choose(job) if self.mixed or (self.prefill and self.decode) else None
+
+    def choose(self, job: Job) -> Choice:
+        """The engines, of those that are there."""
+        raise NotImplementedError
 
     def held(self, job: Job) -> Mapping[str, int] | None:
         """As it is now: these policies decide when a request arrives."""
@@ -70,6 +87,21 @@ class Pools:
     def idle(self, engine: Engine, now: float) -> None:
         """Nothing to keep."""
 
+    def lost(self, engine: Engine, now: float) -> None:
+        """Take it out of its pool, whichever it is in."""
+        for pool in (self.mixed, self.prefill, self.decode):
+            if engine in pool:
+                pool.remove(engine)
+
+    def back(self, engine: Engine, now: float) -> None:
+        """Put it into the pool that it belongs to."""
+        {"mixed": self.mixed, "prefill": self.prefill, "decode": self.decode}[engine.home].append(engine)
+
+    def again(self, job: Job, now: float) -> Engine | None:
+        """The next one that decodes."""
+        able = self.mixed or self.decode
+        return able[job.index % len(able)] if able else None
+
 
 class RoundRobin(Pools):
     """The next one each time."""
@@ -78,7 +110,7 @@ class RoundRobin(Pools):
         super().__init__(engines)
         self._turn = -1
 
-    def route(self, job: Job, now: float) -> Choice:
+    def choose(self, job: Job) -> Choice:
         self._turn += 1
         if self.mixed:
             both = self.mixed[self._turn % len(self.mixed)]
@@ -99,6 +131,17 @@ class Counted(Pools):
         self.pending[choice.decode] += answer
         return choice
 
+    def again(self, job: Job, now: float) -> Engine | None:
+        """The one with the least to do of those that decode."""
+        best = min(self.mixed or self.decode, key=self.pending.__getitem__, default=None)
+        if best is not None:
+            self.take_whole(best, job)
+        return best
+
+    def take_whole(self, engine: Engine, job: Job) -> None:
+        """Count all of a request at one engine."""
+        self.give(Choice(engine, engine), 1, 1)
+
 
 class TwoChoices(Counted):
     """The one with fewer requests of two at random (Mitzenmacher, 1996)."""
@@ -111,7 +154,7 @@ class TwoChoices(Counted):
         pair = self._rng.sample(engines, 2) if len(engines) > 1 else engines
         return min(pair, key=self.pending.__getitem__)
 
-    def route(self, job: Job, now: float) -> Choice:
+    def choose(self, job: Job) -> Choice:
         prefill = self._of(self.mixed or self.prefill)
         return self.give(Choice(prefill, prefill if self.mixed else self._of(self.decode)), 1, 1)
 
@@ -125,10 +168,13 @@ class TwoChoices(Counted):
 class TokenQueue(Counted):
     """The one with the fewest tokens: a prompt counts all of its own, an answer one (SplitwiseSim's token_jsq)."""
 
-    def route(self, job: Job, now: float) -> Choice:
+    def choose(self, job: Job) -> Choice:
         prefill = min(self.mixed or self.prefill, key=self.pending.__getitem__)
         decode = prefill if self.mixed else min(self.decode, key=self.pending.__getitem__)
         return self.give(Choice(prefill, decode), job.prompt, 1)
+
+    def take_whole(self, engine: Engine, job: Job) -> None:
+        self.give(Choice(engine, engine), job.prompt, 1)
 
     def first_token(self, job: Job, choice: Choice, now: float) -> None:
         self.pending[choice.prefill] -= job.prompt
@@ -152,7 +198,10 @@ class Splitwise(TokenQueue):
         self.memory = dict.fromkeys(engines, 0)
         self._pulled: set[Engine] = set()
 
-    def route(self, job: Job, now: float) -> Choice:
+    def route(self, job: Job, now: float) -> Choice | None:
+        return self.choose(job) if self.prefill or self.mixed or self.decode else None
+
+    def choose(self, job: Job) -> Choice:
         prefill = self._for_prompt(self.prefill, job) or self._for_prompt(self.mixed, job)
         decode = self._for_answer(self.decode, job) or self._for_answer(self.mixed, job)
         if prefill is None and self.decode:
@@ -185,6 +234,14 @@ class Splitwise(TokenQueue):
         self._pulled.add(best)
         return best
 
+    def take_whole(self, engine: Engine, job: Job) -> None:
+        super().take_whole(engine, job)
+        self.memory[engine] += job.prompt + job.output
+
+    def lost(self, engine: Engine, now: float) -> None:
+        super().lost(engine, now)
+        self._pulled.discard(engine)
+
     def sent(self, job: Job, choice: Choice) -> None:
         """The prompt's KV has left the prefill engine."""
         self.memory[choice.prefill] -= job.prompt + 1
@@ -214,7 +271,7 @@ class Radix(Counted):
         super().__init__(engines, seed)
         self._sent: dict[int, set[Engine]] = {}
 
-    def route(self, job: Job, now: float) -> Choice:
+    def choose(self, job: Job) -> Choice:
         own = self.mixed or self.prefill
         prefill = min(own, key=self.pending.__getitem__)
         matches = dict.fromkeys(own, 0)

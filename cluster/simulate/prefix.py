@@ -66,6 +66,12 @@ class PrefixCaches:
             block, _ = cache.popitem(last=False)
             self._where[block].discard(worker)
 
+    def forget(self, worker: str) -> None:
+        """A worker is gone, and its cache with it."""
+        for block in self._blocks[worker]:
+            self._where[block].discard(worker)
+        self._blocks[worker].clear()
+
     def figures(self) -> dict[str, float]:
         """The share of blocks that were found, that of an ideal cache, and the first over the second."""
         share, best = (count / self.asked if self.asked else 0.0 for count in (self.hit, self.ideal))

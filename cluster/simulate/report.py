@@ -32,9 +32,8 @@ def percentile(ordered: Sequence[float], percent: float) -> float:
 
 def tbt(job: Job, over_all: bool) -> float | None:
     """Mean seconds between two tokens of an answer; None for an answer of one."""
-    if job.output == 1:
-        return None
-    return (job.end - job.first) / (job.output if over_all else job.output - 1)
+    tokens = job.arrival.output
+    return None if tokens == 1 else (job.end - job.first) / (tokens if over_all else tokens - 1)
 
 
 def figures(outcome: Outcome, profile: Profile, over_all: bool = False) -> dict[str, float]:
@@ -46,10 +45,11 @@ def figures(outcome: Outcome, profile: Profile, over_all: bool = False) -> dict[
         "ttft": [job.ttft for job in done],
         "tbt": [gap for _, gap in gaps],
         "e2e": [job.e2e for job in done],
-        "ttft_slowdown": [job.ttft / alone.prefill(job.prompt) for job in done],
-        "tbt_slowdown": [gap / alone.tokens(job.prompt) for job, gap in gaps],
+        "ttft_slowdown": [job.ttft / alone.prefill(job.arrival.prompt) for job in done],
+        "tbt_slowdown": [gap / alone.tokens(job.arrival.prompt) for job, gap in gaps],
         "e2e_slowdown": [
-            job.e2e / (alone.prefill(job.prompt) + alone.tokens(job.prompt) * (job.output - 1)) for job in done
+            job.e2e / (alone.prefill(each.prompt) + alone.tokens(each.prompt) * (each.output - 1))
+            for job, each in ((job, job.arrival) for job in done)
         ],
     }
     result: dict[str, float] = {}
@@ -58,11 +58,14 @@ def figures(outcome: Outcome, profile: Profile, over_all: bool = False) -> dict[
         scale, unit = {"ttft": (1, "_s"), "tbt": (1000, "_ms"), "e2e": (1, "_s")}.get(name, (1, ""))
         for percent in PERCENTILES:
             result[f"{name}_p{percent}{unit}"] = percentile(measured, percent) * scale
-    result["slo_all_nine"] = float(outcome.refused == 0 and not missed(result))
-    tokens = sum(job.output for job in done)
+    refused = outcome.refused + outcome.failed
+    result["slo_all_nine"] = float(refused == 0 and not missed(result))
+    tokens = sum(job.arrival.output for job in done)
     result |= {
         "requests": float(len(outcome.jobs)),
-        "refused": float(outcome.refused),
+        "refused": float(refused),
+        "moved": float(outcome.moved),
+        "again_tokens": float(outcome.again_tokens),
         "preempted": float(sum(job.preempted for job in done)),
         "tokens_per_s": tokens / outcome.seconds if outcome.seconds else 0.0,
         "utilization": _mean(busy / outcome.seconds for busy in outcome.busy_s.values()) if outcome.seconds else 0.0,

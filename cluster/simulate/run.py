@@ -15,6 +15,7 @@ from typing import Any, Literal
 from joinwise.cluster.config_model import RouterConfig
 from joinwise.cluster.errors import ConfigError
 from joinwise.cluster.simulate.live_router import LiveRouter
+from joinwise.cluster.simulate.outages import Failures
 from joinwise.cluster.simulate.policy import POLICIES
 from joinwise.cluster.simulate.pools import PoolSpec
 from joinwise.cluster.simulate.profile import Profile
@@ -45,17 +46,20 @@ def simulate(
     policy: str | None = None,
     seed: int = 0,
     server: EmbeddedRedis | None = None,
+    failures: Sequence[Failures] = (),
 ) -> Result:
     """Run a trace through a cluster.
 
     Args:
         model: "vllm", or "splitwise" for the assumptions of SplitwiseSim.
         policy: one of `POLICIES`, or of `LIVE`; None is the model's own.
-        seed: of policies that draw lots.
+        seed: of policies and failures that draw lots.
         server: a Redis for the live router; without one it starts its own.
+        failures: machines that die.
 
     Raises:
-        ConfigError: an unknown model, policy or kind, or requests that no machine could hold.
+        ConfigError: an unknown model, policy or kind, requests that no machine could hold, or failures of machines that
+            are not there.
         StoreStartError: the live router finds no Redis to start.
     """
     try:
@@ -63,8 +67,11 @@ def simulate(
     except KeyError:
         raise ConfigError(f"unknown model {model!r}; there are {', '.join(MODELS)}") from None
     policy = policy or assumed.policy
+    outages = [outage for each in failures for outage in each.outages(pools, trace.seconds, seed)]
     if policy in POLICIES:
-        outcome = Simulation(trace, pools, profile, assumed, lambda run: POLICIES[policy](run.engines, seed)).run()
+        outcome = Simulation(
+            trace, pools, profile, assumed, lambda run: POLICIES[policy](run.engines, seed), outages
+        ).run()
     elif policy in LIVE:
         settings = RouterConfig(split=LIVE[policy], max_pending_tokens=1 << 30)
         with ExitStack() as stack:
@@ -78,7 +85,7 @@ def simulate(
                 stack.callback(router.close)
                 return router
 
-            outcome = Simulation(trace, pools, profile, assumed, live).run()
+            outcome = Simulation(trace, pools, profile, assumed, live, outages).run()
     else:
         raise ConfigError(f"unknown policy {policy!r}; there are {', '.join((*LIVE, *POLICIES))}")
     found = figures(outcome, profile, assumed.tbt_over_all)

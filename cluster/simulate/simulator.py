@@ -6,6 +6,7 @@ refused, and generates exactly its tokens.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +16,9 @@ from joinwise.cluster.errors import ConfigError
 from joinwise.cluster.simulate.engine import Engine, World
 from joinwise.cluster.simulate.engine_splitwise import SplitwiseEngine
 from joinwise.cluster.simulate.engine_vllm import VllmEngine
-from joinwise.cluster.simulate.job import Job
+from joinwise.cluster.simulate.job import Job, Stage
 from joinwise.cluster.simulate.link import Links
+from joinwise.cluster.simulate.outages import Disruption, Outage
 from joinwise.cluster.simulate.policy import Choice, Policy
 from joinwise.cluster.simulate.pools import PoolSpec
 from joinwise.cluster.simulate.prefix import PrefixCaches
@@ -38,6 +40,7 @@ class Model:
         tbt_over_all: time between tokens is over all tokens, as SplitwiseSim has it, not over the gaps between them.
         policy: the usual one.
         retry_s: a cache that finds no room where it is to go is offered again after so long; None: when there is room.
+        fails: its machines may.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Model:
     tbt_over_all: bool
     policy: str
     retry_s: float | None = None
+    fails: bool = True
 
 
 MODELS = {
@@ -57,6 +61,7 @@ MODELS = {
         tbt_over_all=True,
         policy="splitwise",
         retry_s=1.0,
+        fails=False,
     ),
 }
 
@@ -70,6 +75,8 @@ class Outcome:
         seconds: virtual time of the last event.
         events: how many there were.
         refused: requests that the policy turned away.
+        failed, moved, again_tokens: requests that ended with an error, went on elsewhere, and tokens that were computed
+            again, as machines died.
         sent_bytes: KV caches over links.
         busy_s: seconds in which each engine computed.
         beyond: what the profile was asked for beyond its measurements, and how often.
@@ -82,12 +89,24 @@ class Outcome:
     refused: int
     sent_bytes: float
     busy_s: dict[str, float]
+    failed: int = 0
+    moved: int = 0
+    again_tokens: int = 0
     beyond: dict[str, int] = field(default_factory=dict)
     prefix: dict[str, float] = field(default_factory=dict)
 
 
 class Simulation:
-    """One run. `policy` is made from the engines; `run` may be called once."""
+    """One run. `policy` is made from the engines; `run` may be called once.
+
+    Args:
+        outages: machines that die, and when.
+
+    Attributes:
+        choices: where the requests are that run.
+        waiting: those whose KV cache waits for room, by the engine where.
+        given_back: requests that count no longer as prompts to be computed, though their prompt is computed again.
+    """
 
     def __init__(
         self,
@@ -96,7 +115,10 @@ class Simulation:
         profile: Profile,
         model: Model,
         make_policy: Callable[[Simulation], Policy],
+        outages: Sequence[Outage] = (),
     ) -> None:
+        if outages and not model.fails:
+            raise ConfigError(f"machines of the model {model.name!r} cannot fail; take vllm")
         self.coverage = Coverage()
         self.engines = [
             model.engine(f"{pool.home}-{pool.kind}-{index}", profile.kind(pool.kind), pool.home, self)
@@ -112,19 +134,27 @@ class Simulation:
         self.events = 0
         self._next = 0
         self._order = 0
-        #: Time, order, and either an engine with its version, or a request whose cache is to be sent (0) or there (1).
+        #: Time, order, and an engine with its version; or a request whose cache is to be sent or there, with twice the
+        #: request's life, and one more once it is there.
         self._heap: list[tuple[float, int, Engine | None, int, Job | None]] = []
-        self._choices: dict[Job, Choice] = {}
+        self.choices: dict[Job, Choice] = {}
+        self.given_back: set[Job] = set()
         self._retry_s = model.retry_s
         self._retries = 0  # since an engine has last done anything
-        self._waiting: dict[Engine, deque[Job]] = {engine: deque() for engine in self.engines}
+        self.waiting: dict[Engine, deque[Job]] = {engine: deque() for engine in self.engines}
+        self.disruption = Disruption(self, outages)
         self.policy = make_policy(self)
 
     def run(self) -> Outcome:
         """Until nothing is left to happen."""
-        jobs, heap = self.jobs, self._heap
+        jobs, heap, disruption = self.jobs, self._heap, self.disruption
         while True:
-            if self._next < len(jobs) and (not heap or jobs[self._next].at <= heap[0][0]):
+            if disruption.next_at < math.inf and disruption.next_at <= self._upcoming():
+                if not self.choices and self._next == len(jobs):
+                    break
+                self.now = disruption.next_at
+                disruption.step()
+            elif self._next < len(jobs) and (not heap or jobs[self._next].at <= heap[0][0]):
                 arriving = jobs[self._next]
                 self._next += 1
                 self.now = arriving.at
@@ -132,8 +162,11 @@ class Simulation:
             elif heap:
                 at, _, engine, version, job = heappop(heap)
                 if engine is None:
+                    assert job is not None
+                    if job.life != version >> 1:
+                        continue
                     self.now = at
-                    self._transfer(job, version)  # type: ignore[arg-type]
+                    self._transfer(job, version & 1)
                 elif engine.version == version:
                     self.now = at
                     self._retries = 0
@@ -143,7 +176,7 @@ class Simulation:
             elif not self._overcommit():
                 break
             self.events += 1
-        stuck = sum(job.end < 0 for job in jobs) - self.refused
+        stuck = sum(job.end < 0 for job in jobs) - self.refused - disruption.failed
         if stuck:
             raise ConfigError(f"{stuck} requests never ended: no machine has room for them together; add machines")
         return Outcome(
@@ -153,9 +186,17 @@ class Simulation:
             refused=self.refused,
             sent_bytes=self.links.sent_bytes,
             busy_s={engine.worker_id: engine.busy_s for engine in self.engines},
+            failed=disruption.failed,
+            moved=disruption.moved,
+            again_tokens=disruption.again_tokens,
             beyond=dict(self.coverage.beyond),
             prefix=self.caches.figures() if self.caches is not None else {},
         )
+
+    def _upcoming(self) -> float:
+        """When the next request arrives, or the next step or transfer ends; infinite when neither will."""
+        arrives = self.jobs[self._next].at if self._next < len(self.jobs) else math.inf
+        return min(arrives, self._heap[0][0]) if self._heap else arrives
 
     def soon(self, since: float, until: float) -> Iterator[tuple[float, int, int, Job, int]]:
         """Arrivals, first tokens and ends from `since` up to, but not at, `until` that nothing can change any more if
@@ -187,17 +228,19 @@ class Simulation:
 
     def first_token(self, job: Job, engine: Engine, now: float) -> None:
         """See World."""
-        choice = self._choices[job]
+        choice = self.choices[job]
         if job.told == 0:  # else the policy has foreseen it
             self.stored(job)
-        self.policy.first_token(job, choice, now)
+        if job not in self.given_back:
+            self.policy.first_token(job, choice, now)
         if choice.prefill is not choice.decode and job.output > 1:
             self._transfer(job, 0)
 
     def ended(self, job: Job, engine: Engine, now: float) -> None:
         """See World."""
-        self.policy.ended(job, self._choices.pop(job), now)
-        self._admit(engine)
+        self.given_back.discard(job)
+        self.policy.ended(job, self.choices.pop(job), now)
+        self.admit(engine)
 
     def idle(self, engine: Engine, now: float) -> None:
         """See World."""
@@ -206,21 +249,21 @@ class Simulation:
     def stored(self, job: Job) -> None:
         """The prompt's blocks are in the caches of its workers from now on."""
         if self.caches is not None:
-            for worker in self._choices[job]:
+            for worker in self.choices[job]:
                 self.caches.store(worker.worker_id, job.arrival.blocks)
 
     # --- events ---
 
     def _later(self, at: float, job: Job, done: int) -> None:
         self._order += 1
-        heappush(self._heap, (at, self._order, None, done, job))
+        heappush(self._heap, (at, self._order, None, 2 * job.life + done, job))
 
     def _arrive(self, job: Job) -> None:
         choice = self.policy.route(job, self.now)
         if choice is None:
             self.refused += 1
             return
-        self._choices[job] = choice
+        self.choices[job] = choice
         if self.caches is not None:
             held = self.policy.held(job)
             if held is None:
@@ -228,19 +271,25 @@ class Simulation:
             job.cached = held.get(choice.prefill.worker_id, 0)
             job.there = held.get(choice.decode.worker_id, 0)
             self.caches.count(job, job.cached)
-        choice.prefill.submit(job, "whole" if choice.prefill is choice.decode else "prefill", self.now)
+        if choice.prefill is choice.decode:
+            choice.prefill.submit(job, "whole", self.now)
+        else:
+            job.stage = Stage.PREFILLING
+            choice.prefill.submit(job, "prefill", self.now)
 
     def _transfer(self, job: Job, done: int) -> None:
         """A prompt's KV: sent (0) as soon as there is room for it, and then (1) there."""
-        choice = self._choices[job]
+        choice = self.choices[job]
         if done:
+            job.stage = Stage.DECODING
             choice.prefill.released(job, self.now)
-            self._admit(choice.prefill)
+            self.admit(choice.prefill)
             self.policy.sent(job, choice)
             choice.decode.submit(job, "decode", self.now)
-        elif self._waiting[choice.decode] or not choice.decode.can_take(job):
+        elif self.waiting[choice.decode] or not choice.decode.can_take(job):
+            job.stage = Stage.WAITING
             if self._retry_s is None:
-                self._waiting[choice.decode].append(job)
+                self.waiting[choice.decode].append(job)
             else:
                 self._retries += 1
                 if self._retries > _MOST_RETRIES:
@@ -251,25 +300,27 @@ class Simulation:
         else:
             self._send(job, choice)
 
-    def _admit(self, engine: Engine) -> None:
+    def admit(self, engine: Engine) -> None:
         """Room has come free: send what waits for it, in its order."""
-        waiting = self._waiting[engine]
+        waiting = self.waiting[engine]
         while waiting and engine.can_take(waiting[0]):
             job = waiting.popleft()
-            self._send(job, self._choices[job])
+            self._send(job, self.choices[job])
 
     def _overcommit(self) -> bool:
         """Nothing would happen any more, as caches wait for room that others hold: the first goes all the same."""
-        for waiting in self._waiting.values():
+        for waiting in self.waiting.values():
             if waiting:
                 job = waiting.popleft()
-                self._send(job, self._choices[job])
+                self._send(job, self.choices[job])
                 return True
         return False
 
     def _send(self, job: Job, choice: Choice) -> None:
+        job.stage = Stage.SENDING
         choice.decode.expect(job)
-        self._later(self.links.arrival(job, choice.prefill, choice.decode, self.now), job, 1)
+        if not choice.prefill.down and not choice.decode.down:  # else it never arrives, and the cluster will know
+            self._later(self.links.arrival(job, choice.prefill, choice.decode, self.now), job, 1)
 
 
 def _check_lengths(trace: Trace, engines: Sequence[Engine]) -> None:
