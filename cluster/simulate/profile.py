@@ -21,7 +21,9 @@ import yaml
 
 from joinwise.cluster.errors import ConfigError
 
+TABLES = ("prefill_ms", "step_by_tokens_ms", "step_by_batch_ms", "step_by_context_ms")
 _LEAST_S = 1e-6
+_BATCH_CONTEXT = 512
 
 
 class Curve:
@@ -88,7 +90,7 @@ class Kind:
     layers: int
     price: float
     power: float
-    batch_context: int = 512
+    batch_context: int = _BATCH_CONTEXT
 
     @property
     def least_s(self) -> float:
@@ -156,19 +158,17 @@ def _from_yaml(text: str, source: str, model: str) -> Profile:
     try:
         whole = yaml.safe_load(text)
         about, machines = whole["models"][model], whole["machines"]
-        kinds = {
-            name: _kind(name, about, machine, {key: _seconds(table) for key, table in about["measured"][name].items()})
-            for name, machine in machines.items()
-            if name in about["measured"]
-        }
+        measured = about["measured"]
+        kinds = {name: _kind(name, about, machines[name], measured[name]) for name in machines if name in measured}
         reference = str(about["reference"])
     except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"{source} is no profile of {model}: {type(error).__name__}: {error}") from error
     return Profile(model, kinds, reference)
 
 
-def _kind(name: str, about: Mapping[str, Any], machine: Mapping[str, Any], curves: Mapping[str, Curve]) -> Kind:
+def _kind(name: str, about: Mapping[str, Any], machine: Mapping[str, Any], measured: Mapping[str, Any]) -> Kind:
     kv_bytes = int(about["kv_bytes_per_token"])
+    curves = {key: _seconds(measured[key]) for key in TABLES}
     return Kind(
         name=name,
         prefill=curves["prefill_ms"],
@@ -181,6 +181,7 @@ def _kind(name: str, about: Mapping[str, Any], machine: Mapping[str, Any], curve
         layers=int(about["layers"]),
         price=float(machine["price_per_hour"]),
         power=float(machine["power_kw"]),
+        batch_context=int(measured.get("batch_context", _BATCH_CONTEXT)),
     )
 
 
@@ -230,7 +231,7 @@ def tables(rows: Iterable[Mapping[str, str]]) -> dict[str, dict[int, float]]:
         step = float(row["token_time"])
         found["prefill_ms"][prompt * batch].append(float(row["prompt_time"]))
         found["step_by_tokens_ms"][prompt * batch].append(step)
-        if prompt == 512:
+        if prompt == _BATCH_CONTEXT:
             found["step_by_batch_ms"][batch].append(step)
         if batch == 1:
             found["step_by_context_ms"][prompt].append(step)
