@@ -41,7 +41,7 @@ class Shape:
     heads: int = 3
     head_dim: int = 64
     block_size: int = 32
-    frame_bytes: int = 1 << 20
+    frame_bytes: int = 2 << 20
 
     @property
     def layer_block_bytes(self) -> int:

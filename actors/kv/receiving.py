@@ -134,7 +134,7 @@ class Importer:
         self._end = -(-self.spec.num_tokens // size) * size if whole else self.spec.num_tokens
 
     def accept(self, frame: bytes) -> int:
-        """Use one frame that has arrived in one piece.
+        """Use one frame that has arrived in one piece; a damaged payload as in `receive`.
 
         Returns:
             Payload bytes imported.
@@ -145,11 +145,18 @@ class Importer:
         """
         with self.budget.hold(len(frame)):
             sealed, payload = split(frame)
-            sealed.verify(kv_hash.digest([payload]))
-            if self._is_payload(sealed):
+            if not self._is_payload(sealed):
+                return 0
+            if (views := self._place(sealed.header)) is not None:
+                with self._unfenced():
+                    begin = time.monotonic()
+                    sealed.verify(kv_hash.scatter(payload, views))
+                    self.copying_s += time.monotonic() - begin
+            else:
+                sealed.verify(kv_hash.digest([payload]))
                 with self._unfenced():
                     self._write(sealed.header, payload)
-                self._advance(sealed.header)
+            self._advance(sealed.header)
             return payload.nbytes
 
     def receive(self, raw: bytes, receive: Callable[[Sequence[memoryview]], int], *, direct: bool) -> int:
@@ -172,7 +179,7 @@ class Importer:
         header, size = sealed.header, sealed.payload_bytes
         if not self._is_payload(sealed):
             return 0
-        if direct and self.plan.encoding == WHOLE and (views := self.blocks.place(*self._targets(header))) is not None:
+        if direct and (views := self._place(header)) is not None:
             with self._unfenced():
                 sealed.verify(receive(views))
         else:
@@ -269,6 +276,10 @@ class Importer:
         size = self.blocks.block_size
         first = header.first_token - self.spec.first_token
         return self._ours[header.layer], self.spec.block_ids[first // size : -(-(first + header.num_tokens) // size)]
+
+    def _place(self, header: FrameHeader) -> list[memoryview] | None:
+        """The memory of a frame's blocks, where they are in main memory and of one layout."""
+        return self.blocks.place(*self._targets(header)) if self.plan.encoding == WHOLE else None
 
     def _write(self, header: FrameHeader, payload: memoryview) -> None:
         begin = time.monotonic()

@@ -28,6 +28,7 @@ from joinwise.actors.kv.layout import PLAIN, WHOLE, LayoutMismatchError, plan
 from joinwise.actors.kv.receiving import FetchSpec, Importer, LandingBudget
 from joinwise.actors.kv.sending import SendTable, SendTransfer
 from joinwise.actors.kv.server import FETCH
+from joinwise.kernels import kv_hash
 from joinwise.proto import kv_pb2
 
 
@@ -583,16 +584,16 @@ def test_nothing_is_written_once_the_fence_stands(sender: Sender, receiver: Rece
     assert all((cache == seed).all() for cache in receiver.caches.values())
 
 
-def test_the_fence_waits_for_a_write_under_way(receiver: Receiver) -> None:
+def test_the_fence_waits_for_a_write_under_way(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
     entered, gate = threading.Event(), threading.Event()
-    write = receiver.blocks.write
+    scatter = kv_hash.scatter
 
-    def slow(*args) -> None:
+    def slow(*args) -> int:
         entered.set()
         assert gate.wait(5)
-        write(*args)
+        return scatter(*args)
 
-    receiver.blocks.write = slow
+    monkeypatch.setattr(kv_hash, "scatter", slow)
     importer = _importer("t", [1], receiver)
     frame = _frame(0, 0, bytes(receiver.blocks.block_bytes[0]))
     accepting = threading.Thread(target=importer.accept, args=(frame,))

@@ -442,10 +442,11 @@ def test_shm_refuses_a_payload_larger_than_a_slot_before_anything_is_sent(
     rig: Rig, lane: tuple[TcpSend, TcpReceive]
 ) -> None:
     send, receive = lane
-    with pytest.raises(ValueError, match="1048577 bytes"):
-        send.send(header(1), [memoryview(bytes(MB)), memoryview(b"x")])
-    with pytest.raises(ValueError, match="1048577 bytes"):
-        receive.receive([memoryview(bytearray(MB + 1))])
+    size = LaneOptions().slot_bytes
+    with pytest.raises(ValueError, match=f"{size + 1} bytes"):
+        send.send(header(1), [memoryview(bytes(size)), memoryview(b"x")])
+    with pytest.raises(ValueError, match=f"{size + 1} bytes"):
+        receive.receive([memoryview(bytearray(size + 1))])
     send_frames(send, [(100, 1)])
     assert_frames(receive, [(100, 1)])
 

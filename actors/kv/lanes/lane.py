@@ -50,8 +50,8 @@ class LaneOptions:
     """
 
     socket_buffer_bytes: int = 0
-    slots: int = 8
-    slot_bytes: int = 1 << 20
+    slots: int = 4
+    slot_bytes: int = 2 << 20
     device: str = "cpu"
 
     def __post_init__(self) -> None:

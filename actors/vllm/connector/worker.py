@@ -50,7 +50,7 @@ class KvSettings:
     transport: str = "auto"
     codec: str = "none"
     lossy: str = "none"
-    frame_bytes: int = 1 << 20
+    frame_bytes: int = 2 << 20
     landing_bytes: int = 64 << 20
     lease_s: float = 60.0
     max_streams: int = 1024
