@@ -290,6 +290,17 @@ class LimitsConfig(Section):
     """Seconds after which a call is ended, whatever it is doing."""
 
 
+class ConsoleConfig(Section):
+    """The live page at /console. It is for whoever may read /metrics."""
+
+    enabled: bool = False
+    """Serve it."""
+    every_s: float = Field(default=1.0, ge=0.2, le=60)
+    """Seconds between two looks at the cluster, while a page is open; with none open nobody looks."""
+    pages: int = Field(default=16, ge=1, le=1000)
+    """Pages that may be open at one gateway; more get 429."""
+
+
 class GatewayConfig(Section):
     """The front door."""
 
@@ -315,6 +326,7 @@ class GatewayConfig(Section):
     """File to which calls of administration are appended, a JSON object a line; None writes them to the log."""
     ops_port: Port | None = None
     """Port of /livez, /readyz and /metrics for operators; 0 picks a free one, None opens none."""
+    console: ConsoleConfig = Field(default_factory=ConsoleConfig)
     tls: TlsConfig | None = None
     chat_template: str | None = None
     """File or text of a chat template that replaces the model's own."""

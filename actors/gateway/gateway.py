@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import uvicorn
@@ -26,6 +27,8 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from joinwise.actors.auth import bearer
 from joinwise.actors.gateway.adapters import Adapters
 from joinwise.actors.gateway.audit import Audit
+from joinwise.actors.gateway.console import Console
+from joinwise.actors.gateway.console_feed import Feed, Sources
 from joinwise.actors.gateway.federate import Federation
 from joinwise.actors.gateway.front import Front, error_body, error_headers
 from joinwise.actors.gateway.grpc_server import GrpcOptions, GrpcServer, serve_grpc
@@ -46,12 +49,14 @@ from joinwise.actors.vllm.build import gateway_config
 from joinwise.actors.vllm.core_client import ClusterCore
 from joinwise.actors.vllm.kv_events import BlockNames
 from joinwise.actors.vllm.llm import ClusterLLM, cluster_llm
-from joinwise.cluster.client.types import ClusterStatus, WorkerStatus
+from joinwise.cluster.client.types import ClusterStatus, KvLinkStatus, WorkerStatus
 from joinwise.cluster.config import JoinwiseConfig
 from joinwise.cluster.errors import ConfigError, JoinwiseError, NoWorkerError
 from joinwise.cluster.router.away import SteadyRouter
 from joinwise.cluster.router.prefix_index import PrefixFollower, PrefixIndex
+from joinwise.cluster.router.pulse import take_pulse
 from joinwise.cluster.router.registry import Registry, WorkerInfo
+from joinwise.cluster.router.why import decisions_on, latest_decisions
 from joinwise.cluster.store.client import connect
 
 logger = logging.getLogger(__name__)
@@ -105,6 +110,7 @@ class Gateway:
         self._authenticator = Authenticator(config.gateway)
         self._audit = Audit(config.gateway.audit_file)
         self._ops: OpsServer | None = None
+        self._feed: Feed | None = None
         self._served: frozenset[str] = frozenset()  # roles with a live worker
         self._draining = False
         self._beaten = time.monotonic()
@@ -160,7 +166,9 @@ class Gateway:
             jobs.append(PrefixFollower(self._redis, config.cluster, self._prefixes).follow())
         self._jobs = [asyncio.create_task(job) for job in jobs]
         front = Front(app, self._ledgers, max_body_bytes=config.gateway.max_body_bytes)
-        return Guard(front, self._authenticator, config.gateway.limits, self._audit)
+        console = self._console(front) if config.gateway.console.enabled else None
+        open_paths = console.open_paths if console is not None else ()
+        return Guard(console or front, self._authenticator, config.gateway.limits, self._audit, open_paths)
 
     async def start(self) -> Addresses:
         """Build, and open both listeners."""
@@ -208,6 +216,8 @@ class Gateway:
         grace = self._config.gateway.drain_s
         if self._grpc is not None:
             await self._grpc.stop(grace)
+        if self._feed is not None:
+            self._feed.close()
         if self._http is not None and self._http_task is not None:
             self._http.config.timeout_graceful_shutdown = int(grace)
             self._http.should_exit = True
@@ -363,8 +373,23 @@ class Gateway:
             cluster=self._config.cluster,
             workers=tuple(WorkerStatus(**worker) for worker in snapshot["workers"]),
             leases=snapshot["leases"],
-            kv_links=await kv_links(await self._registry.list(), self._links) if self._links is not None else (),
+            kv_links=await self._kv_links(),
         )
+
+    async def _kv_links(self) -> tuple[KvLinkStatus, ...]:
+        return await kv_links(await self._registry.list(), self._links) if self._links is not None else ()
+
+    def _console(self, front: Front) -> Console:
+        client, cluster, settings = self._redis, self._config.cluster, self._config.gateway.console
+        sources = Sources(
+            pulse=partial(take_pulse, client, cluster),
+            links=self._kv_links,
+            decisions=partial(latest_decisions, client, cluster),
+            ledgers=self._ledgers,
+        )
+        hello = {"cluster": cluster, "gateway": self.gateway_id, "every_s": settings.every_s}
+        self._feed = Feed(sources, hello, every_s=settings.every_s, pages=settings.pages)
+        return Console(front, self._feed, partial(decisions_on, client, cluster))
 
 
 class _Listener(uvicorn.Server):

@@ -3,8 +3,8 @@
 Before anything of the application runs it bounds the headers and the number of calls, asks for a credential, and checks
 the role that the path needs; then it bounds the time of the body and of the whole call. Calls of administration are
 written to the audit log, refused ones too. `/health` and `/ping` are open to all, so that load balancers need no
-credential, and take no room; everything else needs one where the configuration names any, `/metrics` and the
-documentation of the interface included.
+credential, and take no room, and so are the files of the console where it is served; everything else needs one where
+the configuration names any, `/metrics` and the documentation of the interface included.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 from joinwise.actors import logs
+from joinwise.actors.gateway import console
 from joinwise.actors.gateway.audit import Audit
 from joinwise.actors.gateway.failures import count_refusal, note_error
 from joinwise.actors.gateway.front import App, Message, Receive, Scope, Send, error_body, error_headers
@@ -33,7 +34,7 @@ from joinwise.cluster.errors import (
 
 OPEN_TO_ALL = frozenset({"/health", "/ping"})
 ADMINISTRATION = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/reset_prefix_cache"})
-METRICS = frozenset({"/metrics", "/federate"})
+METRICS = frozenset({"/metrics", "/federate", console.EVENTS, console.REQUEST})
 _LONGEST_ID = 128
 
 
@@ -45,13 +46,22 @@ class Guard:
         authenticator: knows who may call.
         limits: what one call may ask for.
         audit: where calls of administration are recorded.
+        open_paths: further paths that are open to all.
     """
 
-    def __init__(self, app: App, authenticator: Authenticator, limits: LimitsConfig, audit: Audit) -> None:
+    def __init__(
+        self,
+        app: App,
+        authenticator: Authenticator,
+        limits: LimitsConfig,
+        audit: Audit,
+        open_paths: Collection[str] = (),
+    ) -> None:
         self._app = app
         self._authenticator = authenticator
         self._limits = limits
         self._audit = audit
+        self._open = OPEN_TO_ALL.union(open_paths)
         self._calls = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -75,7 +85,7 @@ class Guard:
         answer = _Answer(send, told)
         try:
             self._check_head(scope)
-            if path in OPEN_TO_ALL:
+            if path in self._open:
                 await self._app(scope, receive, answer.send)
                 return
             identity = await self._admit(scope, path)

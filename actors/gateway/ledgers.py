@@ -137,6 +137,8 @@ class Ledgers:
 
     def __init__(self, registry: CollectorRegistry | None, traces: Traces | None = None) -> None:
         self._traces = traces
+        self.added = 0
+        """How many there have been."""
         self._kept: OrderedDict[str, RequestLedger] = OrderedDict()
         self._calls: OrderedDict[str, list[RequestLedger]] = OrderedDict()
         seconds = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -162,6 +164,7 @@ class Ledgers:
     def add(self, request_id: str, builder: LedgerBuilder) -> None:
         """Keep a finished request's ledger."""
         ledger = builder.build()
+        self.added += 1
         self._kept[request_id] = ledger
         self._calls.setdefault(bare_request_id(builder.call_id), []).append(ledger)
         for kept in (self._kept, self._calls):
@@ -192,6 +195,10 @@ class Ledgers:
     def get(self, request_id: str) -> RequestLedger | None:
         """The ledger of a request that has ended lately."""
         return self._kept.get(request_id)
+
+    def latest(self, most: int) -> list[RequestLedger]:
+        """The last ledgers, oldest first."""
+        return [*itertools.islice(reversed(self._kept.values()), most)][::-1]
 
     def of_call(self, call_id: str) -> list[RequestLedger]:
         """The ledgers of a client's call that has ended lately, one per sample."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,8 +13,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-    from joinwise.cluster.router.pulse import Pulse
-    from joinwise.cluster.router.registry import WorkerState
+    from joinwise.cluster.router.pulse import PoolPulse, Pulse
 
 _FRAME_ROWS = 9  # head, headings and blank lines
 _MOST_LINKS = 5
@@ -103,38 +101,31 @@ def _table(left: tuple[str, ...], right: tuple[str, ...]) -> Table:
 
 def _pools(pulse: Pulse) -> Table:
     table = _table(("pool", "model", "roles"), ("prompt", "KV", "to generate", "sequences", "KV used"))
-    pools: defaultdict[tuple[str, str], list[WorkerState]] = defaultdict(list)
-    for each in pulse.workers:
-        pools[each.info.pool, each.info.model].append(each)
-    for (pool, model), workers in sorted(pools.items()):
-        roles = ", ".join(f"{count} {role}" for role, count in sorted(Counter(w.info.role for w in workers).items()))
-        table.add_row(pool, model, roles, *_pending(workers), _kv_used(workers))
+    for each in pulse.pools:
+        roles = ", ".join(f"{count} {role}" for role, count in each.roles.items())
+        table.add_row(each.pool, each.model, roles, *_pending(each), _kv_used(each))
     return table
 
 
 def _workers(pulse: Pulse, most: int | None) -> Table:
+    from joinwise.cluster.router.pulse import PoolPulse
+
     counts = ("prompt", "KV", "to generate", "sequences", "KV used", "step ms", "tokens/s", "last beat")
     table = _table(("worker", "role"), counts)
     for each in sorted(pulse.workers, key=lambda state: (-state.pending_tokens, state.info.worker_id))[:most]:
-        load = each.load
+        own, load = PoolPulse.of(each.info.pool, each.info.model, [each]), each.load
         speeds = (f"{load.decode_step_ms:.1f}", f"{load.prefill_tokens_per_s:,.0f}")
         age = f"{max(0, pulse.now_ms - each.beat_ms) / 1000:.1f} s"
-        table.add_row(each.info.worker_id, each.info.role, *_pending([each]), _kv_used([each]), *speeds, age)
+        table.add_row(each.info.worker_id, each.info.role, *_pending(own), _kv_used(own), *speeds, age)
     return table
 
 
-def _pending(workers: list[WorkerState]) -> tuple[str, ...]:
-    sums = (
-        sum(each.pending_prefill for each in workers),
-        sum(each.pending_decode for each in workers),
-        sum(each.pending_new for each in workers),
-        sum(each.sequences for each in workers),
-    )
+def _pending(some: PoolPulse) -> tuple[str, ...]:
+    sums = (some.pending_prefill, some.pending_decode, some.pending_new, some.sequences)
     return tuple(f"{value:,}" for value in sums)
 
 
-def _kv_used(workers: list[WorkerState]) -> str:
+def _kv_used(some: PoolPulse) -> str:
     """Of the blocks that workers have told of."""
-    total = sum(each.load.kv_blocks_total for each in workers)
-    free = sum(each.load.kv_blocks_free for each in workers)
+    total, free = some.kv_blocks_total, some.kv_blocks_free
     return f"{100 * (total - free) / total:.0f} %" if total else "-"

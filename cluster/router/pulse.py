@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,41 @@ from joinwise.cluster.store.keys import Keys
 _WINDOW_MS = 10_000
 _MOST = 2000
 _REFUSALS = frozenset({"full", "limited", "slo", "none"})
+
+
+@dataclass(frozen=True)
+class PoolPulse:
+    """The workers of one pool together.
+
+    Attributes:
+        roles: current role -> how many workers have it.
+        kv_blocks_total, kv_blocks_free: of the workers that have told of theirs.
+    """
+
+    pool: str
+    model: str
+    roles: Mapping[str, int]
+    pending_prefill: int
+    pending_decode: int
+    pending_new: int
+    sequences: int
+    kv_blocks_total: int
+    kv_blocks_free: int
+
+    @classmethod
+    def of(cls, pool: str, model: str, workers: Sequence[WorkerState]) -> PoolPulse:
+        """Adds up what its workers have."""
+        return cls(
+            pool=pool,
+            model=model,
+            roles=dict(sorted(Counter(each.info.role for each in workers).items())),
+            pending_prefill=sum(each.pending_prefill for each in workers),
+            pending_decode=sum(each.pending_decode for each in workers),
+            pending_new=sum(each.pending_new for each in workers),
+            sequences=sum(each.sequences for each in workers),
+            kv_blocks_total=sum(each.load.kv_blocks_total for each in workers),
+            kv_blocks_free=sum(each.load.kv_blocks_free for each in workers),
+        )
 
 
 @dataclass(frozen=True)
@@ -38,6 +74,14 @@ class Pulse:
     span_s: float
     verdicts: Mapping[str, int]
     links: Mapping[tuple[str, str], int]
+
+    @property
+    def pools(self) -> tuple[PoolPulse, ...]:
+        """The same workers by pool, each pool's model beside it."""
+        pools: defaultdict[tuple[str, str], list[WorkerState]] = defaultdict(list)
+        for each in self.workers:
+            pools[each.info.pool, each.info.model].append(each)
+        return tuple(PoolPulse.of(*name, workers) for name, workers in sorted(pools.items()))
 
     @property
     def assigned_per_s(self) -> float:

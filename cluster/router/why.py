@@ -71,6 +71,17 @@ async def decisions_on(client: Redis, cluster: str, request_id: str) -> list[Dec
             start = f"({last}"
 
 
+async def latest_decisions(client: Redis, cluster: str, most: int) -> list[Decision]:
+    """The last decisions of the cluster, on whatever request, oldest first.
+
+    Raises:
+        StoreUnavailableError: Redis does not answer.
+    """
+    with store_errors("reading decisions"):
+        _, *entries = await Scripts(client, Keys(cluster).base).run("why", "", "+", most, preludes=_PRELUDES)
+    return [_decision(*entry) for entry in reversed(entries)]
+
+
 def _decision(request_id: str, at: str, verdict: str, chosen: str, ms: str, candidates: str) -> Decision:
     return Decision(
         request_id=request_id,

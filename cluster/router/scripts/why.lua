@@ -1,5 +1,6 @@
 -- Looks through kept decisions, newest first, for those on a request. vLLM puts a prefix before a client's id: an id's
--- end is enough. ARGV: 1 request id, 2 where in the stream to begin ('+', or '(' and an entry's id), 3 entries to look at.
+-- end is enough. ARGV: 1 request id ('' for any), 2 where in the stream to begin ('+', or '(' and an entry's id), 3 entries
+-- to look at.
 -- Returns the last entry looked at ('' when none is left), then for each found: request, at, verdict, chosen, ms, and its
 -- candidates, a line each: id, role, wait, pre, harm, queue, stall, move (ms), uncached prompt tokens, pending tokens.
 local function lines(packed, at)
@@ -18,7 +19,7 @@ local answer = { #entries == tonumber(ARGV[3]) and entries[#entries][1] or '' }
 for _, entry in ipairs(entries) do
   local packed = entry[2][2]
   local at, ms, request, verdict, chosen, rest = struct.unpack(DECISION, packed)
-  if request == ARGV[1] or string.sub(request, -#ending) == ending then
+  if ARGV[1] == '' or request == ARGV[1] or string.sub(request, -#ending) == ending then
     answer[#answer + 1] = { request, string.format('%.0f', at), verdict, chosen, string.format('%.3f', ms), lines(packed, rest) }
   end
 end
