@@ -5,7 +5,7 @@ PATHS := cluster actors kernels scripts tests setup.py
 # Extra arguments of pytest: make test ARGS="-k router -x"
 ARGS ?=
 .DEFAULT_GOAL := help
-.PHONY: help env demo models test test-unit test-gpu bench-gpu helm-test security-test check check-format check-lint check-types check-imports check-proto check-size \
+.PHONY: help env demo models test test-unit test-gpu bench-gpu helm-test security-test screenshots check check-format check-lint check-types check-imports check-proto check-size \
         format proto proto-accept-breaking golden lock wheel clean
 
 help: ## list the targets
@@ -46,6 +46,9 @@ security-test: env ## every listener's doors: credentials, TLS, limits, secrets 
 	HF_HUB_OFFLINE=1 .venv/bin/pytest tests/unit/test_tls.py tests/unit/test_ops.py tests/unit/test_apikeys.py \
 	  tests/unit/test_identity.py tests/unit/test_guard.py tests/unit/test_logs.py tests/unit/test_store_tls.py \
 	  tests/unit/test_auth.py tests/unit/test_grpc_server.py tests/integration/test_secured.py $(ARGS)
+
+screenshots: env ## pictures of /console under load into docs/images; needs a Chromium (Debian: chromium, fonts-inter)
+	.venv/bin/python scripts/screenshots.py $(ARGS)
 
 check: env check-format check-lint check-types check-imports check-proto check-size ## format, lint, types, import rules, protocols
 	@echo "check: all good"

@@ -104,7 +104,7 @@ class Site:
         hello = {"cluster": cluster, "gateway": "gateway", "every_s": console.every_s}
         self.feed = Feed(sources, hello, every_s=console.every_s, pages=console.pages)
         self.console = Console(
-            Front(_nothing_else, self.ledgers, max_body_bytes=1000), self.feed, partial(decisions_on, redis, cluster)
+            Front(nothing_else, self.ledgers, max_body_bytes=1000), self.feed, partial(decisions_on, redis, cluster)
         )
         self.app = Guard(self.console, Authenticator(settings), settings.limits, Audit(None), self.console.open_paths)
 
@@ -288,6 +288,7 @@ class Traffic:
         )
 
 
-async def _nothing_else(scope: Any, receive: Any, send: Any) -> None:
+async def nothing_else(scope: Any, receive: Any, send: Any) -> None:
+    """The application behind the console."""
     await send({"type": "http.response.start", "status": 404, "headers": []})
     await send({"type": "http.response.body", "body": b"nothing else"})

@@ -5,20 +5,24 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from helpers.console_site import Site, Traffic
+from helpers.console_site import Site, Traffic, nothing_else
 from redis.asyncio import Redis
 
 from joinwise.actors.gateway import console as module
 from joinwise.actors.gateway.console import EVENTS, REQUEST, ROOT
+from joinwise.actors.gateway.front import Front
+from joinwise.actors.gateway.ledgers import Ledgers
 from joinwise.cluster import apikeys
-from joinwise.cluster.config import GatewayConfig
+from joinwise.cluster.config import GatewayConfig, JoinwiseConfig, RouterConfig
+from joinwise.cluster.router.registry import Registry, WorkerInfo
 from joinwise.cluster.router.why import latest_decisions
+from joinwise.cluster.store.embedded import EmbeddedRedis
 
 PAGE = Path(module.__file__).parent / "page"
 HOSTILE = '<img src=x onerror="alert(1)">\n\nevent: pulse\ndata: {}'
@@ -49,14 +53,14 @@ def client(site: Site, token: str = "") -> httpx.AsyncClient:
 class Stream:
     """A client of the stream, over ASGI: reads when it is told to."""
 
-    def __init__(self, site: Site, token: str = "", path: str = EVENTS, headers: tuple[Any, ...] = ()) -> None:
+    def __init__(self, app: Any, token: str = "") -> None:
         self.chunks: asyncio.Queue[Any] = asyncio.Queue()
         self.gone = asyncio.Event()
         self.reads = asyncio.Event()
         self.reads.set()
         credential = [(b"authorization", f"Bearer {token}".encode())] if token else []
-        scope = {"type": "http", "method": "GET", "path": path, "headers": [*credential, *headers], "client": None}
-        self.task = asyncio.create_task(site.app({**scope, "query_string": b""}, self._receive, self._send))
+        scope = {"type": "http", "method": "GET", "path": EVENTS, "headers": credential, "client": None}
+        self.task = asyncio.create_task(app({**scope, "query_string": b""}, self._receive, self._send))
 
     async def _receive(self) -> Any:
         await self.gone.wait()
@@ -200,6 +204,30 @@ async def test_nothing_else_of_the_disk_can_be_asked_for(site: Site, keys: dict[
             assert b"import" not in answer and b"root:" not in answer
 
 
+async def test_the_gateway_puts_it_before_its_application(
+    redis_server: EmbeddedRedis, redis_client: Redis, cluster_name: str, make_worker: Callable[..., WorkerInfo]
+) -> None:
+    from joinwise.actors.gateway.gateway import Gateway
+
+    config = JoinwiseConfig.model_validate(
+        {
+            "cluster": cluster_name,
+            "models": [{"name": "m", "model": "smollm2-135m-instruct"}],
+            "pools": [{"name": "both", "model": "m", "role": "mixed"}],
+            "gateway": {"console": {"enabled": True, "every_s": 0.2}},
+        }
+    )
+    await Registry(redis_client, cluster_name, RouterConfig()).register(make_worker("w"))
+    gateway = Gateway(config, redis_server.url)
+    console = gateway._console(Front(nothing_else, Ledgers(None), max_body_bytes=1000))
+    stream = Stream(console)
+    assert await stream.begin() == 200
+    assert (await stream.events("hello"))["gateway"] == gateway.gateway_id
+    assert [each["id"] for each in (await stream.events("pulse"))["workers"]] == ["w"]
+    await gateway.stop()  # ends the stream, or it would hold the listener open
+    await stream.task
+
+
 # The stream.
 
 
@@ -208,7 +236,7 @@ async def test_the_stream_tells_what_top_status_and_explain_tell(site: Site, key
     await site.add("d", "decode", "decodes", "large", step_ms=1, transport="tcp")
     await site.add("m", "mixed", "both", "small")
     await site.beat()
-    stream = Stream(site, keys["metrics"])
+    stream = Stream(site.app, keys["metrics"])
     assert await stream.begin() == 200
     assert stream.headers["content-type"] == "text/event-stream"
     assert stream.headers["cache-control"] == "no-store"
@@ -232,7 +260,7 @@ async def test_the_stream_tells_what_top_status_and_explain_tell(site: Site, key
         "decode",
     )
     await stream.leave()
-    later = Stream(site, keys["admin"])
+    later = Stream(site.app, keys["admin"])
     (ledger,) = await later.events("requests") if await later.begin() == 200 else ()
     assert (ledger["request_id"], ledger["transport"], ledger["output_tokens"]) == (HOSTILE, "tcp", 4)
     await later.leave()
@@ -244,7 +272,7 @@ async def test_links_come_over_the_workers_own_interface(site: Site, keys: dict[
     await site.add("d", "decode", "decode", "m", step_ms=1)
     await Traffic(site).request("r", "m", 100, 2)
     async with site.serving():
-        stream = Stream(site, keys["metrics"])
+        stream = Stream(site.app, keys["metrics"])
         assert await stream.begin() == 200
         (link,) = await stream.events("links")
         await stream.leave()
@@ -253,13 +281,13 @@ async def test_links_come_over_the_workers_own_interface(site: Site, keys: dict[
 
 
 async def test_no_more_pages_than_may_be_open(site: Site, keys: dict[str, str]) -> None:
-    open_ones = [Stream(site, keys["metrics"]) for _ in range(2)]
+    open_ones = [Stream(site.app, keys["metrics"]) for _ in range(2)]
     assert [await each.begin() for each in open_ones] == [200, 200]
     async with client(site, keys["metrics"]) as third:
         refused = await third.get(EVENTS)
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "5")
         await open_ones[0].leave()
-        room = Stream(site, keys["metrics"])
+        room = Stream(site.app, keys["metrics"])
         assert await room.begin() == 200
     for each in (room, open_ones[1]):
         await each.leave()
@@ -270,7 +298,7 @@ async def test_a_page_shows_its_credential_anew_after_a_while(
     site: Site, keys: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_LONGEST_S", 0.0)
-    stream = Stream(site, keys["metrics"])
+    stream = Stream(site.app, keys["metrics"])
     assert await stream.begin() == 200
     await stream.task
     assert stream.chunks.get_nowait() == {"type": "http.response.body", "body": b""}  # ended, not cut
@@ -281,7 +309,7 @@ async def test_a_client_that_does_not_read_is_dropped(
     site: Site, keys: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_PATIENCE_S", 0.05)
-    slow, good = Stream(site, keys["metrics"]), Stream(site, keys["metrics"])
+    slow, good = Stream(site.app, keys["metrics"]), Stream(site.app, keys["metrics"])
     assert [await slow.begin(), await good.begin()] == [200, 200]
     slow.reads.clear()
     await slow.task
@@ -305,7 +333,7 @@ async def test_a_socket_that_nobody_reads_is_given_up(
 
 
 async def test_a_gateway_that_stops_ends_its_streams(site: Site, keys: dict[str, str]) -> None:
-    stream = Stream(site, keys["metrics"])
+    stream = Stream(site.app, keys["metrics"])
     await stream.begin()
     site.feed.close()
     await stream.task

@@ -113,9 +113,9 @@ async function follow() {
       }
       state("trouble", "reconnecting");
       trouble(error instanceof Refusal ? error.message : "The gateway does not answer. Trying again.");
-      await rest(wait, mine.signal);
-      wait = Math.min(LATEST_RETRY_MS, 2 * wait);
     }
+    await rest(wait, mine.signal);
+    wait = Math.min(LATEST_RETRY_MS, 2 * wait);
   }
 }
 
