@@ -12,6 +12,8 @@ import logging
 import os
 import time
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -24,6 +26,9 @@ from vllm.lora.request import LoRARequest
 
 from joinwise.actors import cpu
 from joinwise.actors.auth import AsyncBearer, is_loopback
+from joinwise.actors.draft.binding import Binding
+from joinwise.actors.draft.metrics import AskMetrics
+from joinwise.actors.draft.vocabulary import Vocabulary
 from joinwise.actors.engine_service import PROTOCOL_VERSION, EngineService, WorkerIdentity
 from joinwise.actors.kv.draining import drain
 from joinwise.actors.kv.metrics import KvMetrics
@@ -31,13 +36,15 @@ from joinwise.actors.models import resolve_model
 from joinwise.actors.ops import OpsServer
 from joinwise.actors.spec import WorkerSpec
 from joinwise.actors.tls import Certificates, peers
-from joinwise.actors.vllm import build, connector
+from joinwise.actors.vllm import build, connector, proposer
 from joinwise.actors.vllm.connector import ports
 from joinwise.actors.vllm.connector.worker import KvSettings
 from joinwise.actors.vllm.engine_loop import EngineLoop
 from joinwise.actors.vllm.kv_events import report_blocks
 from joinwise.actors.vllm.split import ALL_SAMPLING
 from joinwise.cluster.config import JoinwiseConfig
+from joinwise.cluster.config_model import SpeculationConfig
+from joinwise.cluster.drafts import Drafts
 from joinwise.cluster.errors import ConfigError, JoinwiseError, RegistrationRefusedError, StoreUnavailableError
 from joinwise.cluster.router.prefix_log import PrefixLog
 from joinwise.cluster.router.registry import Registry, WorkerInfo, WorkerLoad
@@ -48,6 +55,7 @@ logger = logging.getLogger(__name__)
 
 _STUCK_S = 60.0
 _ADAPTER_ATTEMPTS = 5
+_CLOSE_S = 10.0
 _SERVICE = engine_pb2.DESCRIPTOR.services_by_name["EngineService"].full_name
 
 
@@ -75,6 +83,9 @@ class EngineWorker:
         self._token = ""
         self._certificates: Certificates | None = None
         self._ops: OpsServer | None = None
+        self._binding: Binding | None = None
+        self._bound: asyncio.Task[None] | None = None
+        self._asked = AskMetrics()
         self._registered = False
         self._draining = False
         self._beaten = time.monotonic()
@@ -98,7 +109,11 @@ class EngineWorker:
         arguments = self._config.engine_arguments(self._pool)
         self._service = EngineService(WorkerIdentity(self._config.cluster, self._spec.worker_id, 0), self._kv)
         config = await asyncio.to_thread(
-            build.worker_config, str(model.path), arguments, kv_events=self._config.router.prefix_events
+            build.worker_config,
+            str(model.path),
+            arguments,
+            kv_events=self._config.router.prefix_events,
+            drafts=self._pool.speculation.k if self._pool.speculation is not None else 0,
         )
         self._engine = await asyncio.to_thread(self._build_engine, config, model.digest)
         self._service.bind(self._engine)
@@ -107,6 +122,9 @@ class EngineWorker:
         self._engine.start()
         REGISTRY.register(self._kv)
         self._watching = asyncio.create_task(self._watch_kv())
+        if self._pool.speculation is not None:
+            self._binding = await self._bind(self._pool.speculation, self._engine, model.path)
+            self._bound = asyncio.create_task(self._binding.keep(self._config.router.heartbeat_s))
         address = await self._serve()
         self._info = self._describe(config, model.digest, address)
         await self._register()
@@ -133,7 +151,15 @@ class EngineWorker:
         if self._watching is not None:
             self._watching.cancel()
             REGISTRY.unregister(self._kv)
+        if self._bound is not None and self._binding is not None:
+            self._bound.cancel()
+            REGISTRY.unregister(self._asked)
+            await self._binding.end()
         if self._engine is not None:
+            if self._binding is not None and self._engine.alive:
+                closed = self._engine.between_steps(partial(proposer.close_links, self._engine.core.model_executor))
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(asyncio.wrap_future(closed), _CLOSE_S)
             await asyncio.to_thread(self._engine.stop)
         if self._ops is not None:
             await asyncio.to_thread(self._ops.close)
@@ -197,6 +223,30 @@ class EngineWorker:
         connector.host.on_report = self._service.on_report
         return EngineLoop(config, settings, on_outputs=self._service.on_outputs, on_dead=self._on_dead)
 
+    async def _bind(self, settings: SpeculationConfig, engine: EngineLoop, model: Path) -> Binding:
+        """Let the engine ask the pool's draft actors; refuse a pool of another vocabulary."""
+        executor = engine.core.model_executor
+        vocabulary = Vocabulary.read(self._model.name, model)
+        ours = proposer.DraftSettings(
+            cluster=self._config.cluster,
+            worker_id=self._spec.worker_id,
+            vocabulary=vocabulary,
+            deadline_s=settings.deadline_ms / 1000,
+            adaptive=settings.adaptive,
+            token=self._token,
+            tls=self._config.tls,
+        )
+
+        async def point(address: str) -> None:
+            await asyncio.wrap_future(engine.between_steps(partial(proposer.point_links, executor, address)))
+
+        await asyncio.wrap_future(engine.between_steps(partial(proposer.open_links, executor, ours)))
+        REGISTRY.register(self._asked)
+        drafts = Drafts(self._redis, self._config.cluster, self._config.router)
+        binding = Binding(drafts, settings.draft, self._spec.worker_id, vocabulary, point)
+        await binding.renew()
+        return binding
+
     def _on_dead(self, error: BaseException) -> None:
         self._dead = error
         assert self._service is not None
@@ -233,8 +283,11 @@ class EngineWorker:
         kv = self._engine.kv_ports
         scheduler, cache = config.scheduler_config, config.cache_config
         parallel = config.parallel_config.tensor_parallel_size
+        speculates = config.speculative_config is not None
         facts = [digest, str(config.model_config.dtype), cache.block_size, scheduler.max_num_seqs, parallel]
         facts += [scheduler.max_num_batched_tokens, config.model_config.max_model_len]
+        if speculates:
+            facts += ["speculates"]
         return WorkerInfo(
             worker_id=self._spec.worker_id,
             epoch=0,
@@ -246,8 +299,7 @@ class EngineWorker:
             engine_address=address,
             kv_address=kv.addresses,
             metrics_address=f"{self._spec.host}:{self._ops.port}",
-            capabilities=frozenset({"replay", "kv_grpc"})
-            | ({ALL_SAMPLING} if config.speculative_config is None else set()),
+            capabilities=frozenset({"kv_grpc"} if speculates else {"kv_grpc", "replay", ALL_SAMPLING}),
             kv_layout=kv.signature,
             max_model_len=config.model_config.max_model_len,
             block_size=cache.block_size,
@@ -348,6 +400,9 @@ class EngineWorker:
         try:
             while self._engine.alive:
                 self._kv.note(ports.figures(await asyncio.wrap_future(self._engine.kv_status())))
+                if self._binding is not None:
+                    ask = partial(proposer.asked, self._engine.core.model_executor)
+                    self._asked.note(await asyncio.wrap_future(self._engine.between_steps(ask)))
                 await asyncio.sleep(self._config.router.heartbeat_s)
         except Exception:
             logger.exception("the figures of KV links are no longer current")

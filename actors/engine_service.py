@@ -245,12 +245,12 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
             self._end(gateway)
 
     def _idle(self) -> engine_pb2.IdleResponse:
-        core, host = self._loop.core, connector.host
-        assert host.scheduler is not None
+        core, scheduler = self._loop.core, connector.host.scheduler
+        ours = scheduler.entries() if scheduler is not None else []
         kv = ports.status(core.model_executor)
         pool = core.scheduler.kv_cache_manager.block_pool
         total = pool.num_gpu_blocks - 1
-        held = host.scheduler.entries() + kv.entries
+        held = [*ours, *kv.entries, *(f"waits for its token {name}" for name in self._loop.held)]
         return engine_pb2.IdleResponse(
             scheduler_requests=len(core.scheduler.requests),
             blocks_used=total - pool.get_num_free_blocks(),

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from joinwise.actors import logs, ray_api
+from joinwise.actors.draft.vocabulary import check_vocabularies
 from joinwise.actors.models import resolve_model
 from joinwise.actors.runfile import RunFile
 from joinwise.actors.spec import WorkerSpec
@@ -34,6 +35,7 @@ from joinwise.cluster.store.client import connect, store_errors
 from joinwise.cluster.store.embedded import EmbeddedRedis
 
 if TYPE_CHECKING:
+    from joinwise.actors.draft.worker import DraftWorker
     from joinwise.actors.engine import EngineWorker
 
 logger = logging.getLogger(__name__)
@@ -51,6 +53,13 @@ def engine_actor(config: JoinwiseConfig, spec: WorkerSpec, redis_url: str) -> "E
     from joinwise.actors.engine import EngineWorker
 
     return EngineWorker(config, replace(spec, host=spec.host or ray_api.node_address()), redis_url)
+
+
+def draft_actor(config: JoinwiseConfig, spec: WorkerSpec, redis_url: str) -> "DraftWorker":
+    """What a draft actor hosts; it listens where its own node is reached."""
+    from joinwise.actors.draft.worker import DraftWorker
+
+    return DraftWorker(config, replace(spec, host=spec.host or ray_api.node_address()), redis_url)
 
 
 def gateway_actor(config: JoinwiseConfig, redis_url: str) -> "GatewayHost":
@@ -177,12 +186,14 @@ class Cluster:
             self._say(f"warning: the pools ask for {listed}, which the Ray cluster does not have now; waiting for it")
         await models
         await self._record_adapters()
-        self._slots = [_Slot(make, "engine") for make in self._engines(self._ray.local)]
+        self._slots = list(self._workers(self._ray.local))
         if self._with_gateway:
             self._gateway = _Slot(self._gateway_actor, "gateway")
             self._slots.append(self._gateway)
-        engines = sum(pool.replicas for pool in config.pools)
-        self._say(f"starting {engines} engines{' and the gateway' if self._with_gateway else ''}")
+        parts = [(sum(pool.replicas for pool in config.pools if pool.role != "draft"), "engines")]
+        parts += [(sum(pool.replicas for pool in config.pools if pool.role == "draft"), "draft actors")]
+        listed = ", ".join(f"{count} {what}" for count, what in parts if count)
+        self._say(f"starting {listed}{' and the gateway' if self._with_gateway else ''}")
         try:
             async with asyncio.timeout(config.ray.start_timeout_s), asyncio.TaskGroup() as group:
                 for slot in self._slots:
@@ -248,6 +259,8 @@ class Cluster:
         """Convert or download once, visibly, before several processes want it: where the gateway will run."""
         for model in self.config.models if self._with_gateway else ():
             resolve_model(model.model, revision=model.revision, progress=self._say)
+        if self._with_gateway:
+            check_vocabularies(self.config, self._say)
 
     async def _record_adapters(self) -> None:
         """Workers load what is recorded before they take requests."""
@@ -272,8 +285,8 @@ class Cluster:
                 demand[name] = demand.get(name, 0.0) + amount * pool.replicas
         return demand
 
-    def _engines(self, local: bool) -> Iterator[Callable[[int], ray_api.Actor]]:
-        """One maker a replica; on this machine each gets its own cores while there are enough."""
+    def _workers(self, local: bool) -> Iterator[_Slot]:
+        """A slot for each engine and draft actor; on this machine each gets its own cores while there are enough."""
         machine = itertools.cycle(sorted(os.sched_getaffinity(0)))
         for pool in self.config.pools:
             own = itertools.cycle(pool.cores) if pool.cores else None
@@ -281,13 +294,14 @@ class Cluster:
                 source = own if own is not None else machine if local else None
                 cores = tuple(itertools.islice(source, pool.compute_threads)) if source is not None else ()
                 host = "127.0.0.1" if local else ""
-                yield partial(self._engine_actor, WorkerSpec(pool.name, f"{pool.name}-{index}", cores, host))
+                spec = WorkerSpec(pool.name, f"{pool.name}-{index}", cores, host)
+                yield _Slot(partial(self._worker_actor, spec), "draft actor" if pool.role == "draft" else "engine")
 
-    def _engine_actor(self, spec: WorkerSpec, generation: int) -> ray_api.Actor:
+    def _worker_actor(self, spec: WorkerSpec, generation: int) -> ray_api.Actor:
         pool = next(pool for pool in self.config.pools if pool.name == spec.pool)
         spec = replace(spec, worker_id=f"{spec.worker_id}-{generation}")
         return ray_api.Actor(
-            "joinwise.actors.launch:engine_actor",
+            f"joinwise.actors.launch:{'draft' if pool.role == 'draft' else 'engine'}_actor",
             self.config,
             spec,
             self.redis_url,

@@ -19,12 +19,17 @@ def _models(config: JoinwiseConfig) -> Iterator[str]:
     public += [adapter.name for model in config.models for adapter in model.adapters]
     yield from _repeated("models", "served name", public)
     for model in config.models:
-        pools = [pool for pool in config.pools if pool.model == model.name]
+        pools = [pool for pool in config.pools if pool.model == model.name and pool.role != "draft"]
         roles = {pool.role for pool in pools if pool.replicas > 0}
         if not roles:
             yield f"model '{model.name}' has no pool with a replica; add a mixed pool, or a prefill and a decode pool"
         elif roles < {"prefill", "decode"}:
             yield f"model '{model.name}' has only {roles.pop()} pools; add the other role, or make one mixed"
+        elif not any(pool.replicas and pool.role != "prefill" and pool.speculation is None for pool in pools):
+            yield (
+                f"model '{model.name}' decodes in pools with speculation only, which serve plain requests; "
+                "add a decode or mixed pool without, for requests with a seed, penalties or a grammar"
+            )
 
 
 def _pools(config: JoinwiseConfig) -> Iterator[str]:
@@ -36,6 +41,30 @@ def _pools(config: JoinwiseConfig) -> Iterator[str]:
         if pool.device == "cpu" and pool.resources.num_gpus > 0:
             yield f"pools[{index}] '{pool.name}' runs on the CPU but reserves {pool.resources.num_gpus:g} GPUs"
         yield from _cores(index, pool)
+        yield from _speculation(config, index, pool)
+
+
+def _speculation(config: JoinwiseConfig, index: int, pool: PoolConfig) -> Iterator[str]:
+    what = f"pools[{index}] '{pool.name}'"
+    if pool.role == "draft":
+        if pool.engine or pool.speculation is not None:
+            yield f"{what} drafts: it has no engine, so leave out `engine` and `speculation`"
+        if pool.device == "gpu" or pool.resources.num_gpus > 0:
+            yield f"{what}: draft actors run on the CPU"
+        if not any(each.speculation is not None and each.speculation.draft == pool.name for each in config.pools):
+            yield f"{what} drafts for nobody: name it in `speculation` of a decode or mixed pool, or remove it"
+    elif pool.draft is not None:
+        yield f"{what} is a {pool.role} pool: `draft` belongs to pools with role: draft"
+    if pool.speculation is None or pool.role == "draft":
+        return
+    if pool.role == "prefill":
+        yield f"{what} prefills: `speculation` belongs to decode and mixed pools"
+    draft = next((each for each in config.pools if each.name == pool.speculation.draft), None)
+    if draft is None or draft.role != "draft":
+        known = ", ".join(each.name for each in config.pools if each.role == "draft") or "there is none"
+        yield f"{what}: speculation.draft '{pool.speculation.draft}' is no draft pool; draft pools: {known}"
+    elif draft.model != pool.model:
+        yield f"{what} serves '{pool.model}', but its draft pool '{draft.name}' drafts for '{draft.model}'"
 
 
 def _cores(index: int, pool: PoolConfig) -> Iterator[str]:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 Role = Literal["prefill", "decode", "mixed"]
+PoolRole = Literal["prefill", "decode", "mixed", "draft"]
 Device = Literal["auto", "cpu", "gpu"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
@@ -26,6 +27,7 @@ RESERVED_ENGINE_ARGUMENTS = {
     "served_model_name": "set models[].served_name",
     "kv_transfer_config": "set kv",
     "logits_processors": "they carry the replay of tokens",
+    "speculative_config": "set pools[].speculation",
 }
 
 
@@ -112,6 +114,34 @@ class Resources(Section):
     """Custom Ray resources by name."""
 
 
+class DraftConfig(Section):
+    """What the actors of a draft pool draft with."""
+
+    model: str | None = None
+    """A small model of the same vocabulary, named as models[].model is; None looks the answer up in the prompt."""
+    revision: str | None = None
+    """Hub revision; None takes the hub's default branch."""
+    dtype: Dtype = "bfloat16"
+    """Element type of its weights and KV."""
+    slots: int = Field(default=8, ge=1, le=4096)
+    """Sequences of which an actor keeps KV at once."""
+    max_tokens: int = Field(default=4096, ge=16, le=1 << 20)
+    """Longest sequence that is drafted for; slots x max_tokens of KV are reserved."""
+
+
+class SpeculationConfig(Section):
+    """Engines that verify what a draft pool proposes."""
+
+    draft: Name
+    """The draft pool to ask."""
+    k: int = Field(default=4, ge=1, le=64)
+    """Ids proposed for a sequence in one step, at most."""
+    adaptive: bool = True
+    """Choose fewer, down to none, by what steps and drafts are measured to cost and how many are accepted."""
+    deadline_ms: float = Field(default=100.0, gt=0, le=10_000)
+    """Milliseconds that a step waits for proposals at most; without an answer it is an ordinary step."""
+
+
 class PoolConfig(Section):
     """Workers that are alike: one model, one role, one set of engine arguments."""
 
@@ -119,8 +149,8 @@ class PoolConfig(Section):
     """Unique name."""
     model: str
     """`name` of a model above."""
-    role: Role
-    """What its workers start as: prefill, decode, or mixed for both."""
+    role: PoolRole
+    """What its workers start as: prefill, decode, mixed for both, or draft to propose tokens for engines of `model`."""
     replicas: int = Field(default=1, ge=0, le=10_000)
     """Workers to keep running."""
     device: Device = "auto"
@@ -134,6 +164,10 @@ class PoolConfig(Section):
     """vLLM engine arguments by name, checked by vLLM when the worker starts."""
     ops_port: Port = 0
     """Port of /livez, /readyz and /metrics of each worker; 0 picks a free one, else one worker a machine (or pod)."""
+    draft: DraftConfig | None = None
+    """Of a draft pool: what it drafts with; None looks the answer up in the prompt."""
+    speculation: SpeculationConfig | None = None
+    """Of a decode or mixed pool: its engines speculate, and serve plain requests only; see docs/speculation.md."""
 
     @field_validator("engine")
     @classmethod

@@ -6,12 +6,14 @@ none, the row begins a new sequence. Which request it is does not matter: drafts
 """
 
 import itertools
+import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from joinwise.actors.draft.length import LengthChooser
 from joinwise.actors.draft.link import Session
 from joinwise.actors.draft.wire import MAX_K, prefix_hash
 from joinwise.proto import draft_pb2
@@ -94,6 +96,14 @@ class AskFigures:
     drafted: int = 0
 
 
+@dataclass(frozen=True)
+class _Given:
+    """What a sequence was when a step began: its tokens, and the drafts that were handed to the engine for it."""
+
+    tokens: int
+    drafts: int
+
+
 class Asker:
     """Asks for one engine, a round a step.
 
@@ -101,48 +111,103 @@ class Asker:
         vocabulary: ids below it exist in the target.
         max_tokens: of a sequence, prompt and answer together.
         patience_s: seconds that a step waits for drafts at most.
+        lengths: chooses how many drafts to ask for; None asks for as many as may be.
+        clock: seconds; tests bring their own.
     """
 
-    def __init__(self, *, vocabulary: int, max_tokens: int, patience_s: float) -> None:
+    def __init__(
+        self,
+        *,
+        vocabulary: int,
+        max_tokens: int,
+        patience_s: float,
+        lengths: LengthChooser | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._vocabulary = vocabulary
         self._max_tokens = max_tokens
         self._patience_s = patience_s
+        self._lengths = lengths
+        self._clock = clock
         self._tracks = Tracks()
         self._ended: list[int] = []
+        self._given: dict[int, _Given] = {}
+        self._given_at = 0.0
         self._misses = 0
         self._pause = 0
         self._session: Session | None = None
         self.figures = AskFigures()
 
-    def drafts(self, session: Session | None, rows: Mapping[int, np.ndarray], k: int) -> dict[int, list[int]]:
+    def drafts(
+        self, session: Session | None, rows: Mapping[int, np.ndarray], k: int, *, alone: bool = True
+    ) -> dict[int, list[int]]:
         """Drafts for the next step, by row; none for a row means that it is not speculated for.
 
         Args:
             session: whom to ask; None when there is nobody who could answer.
             rows: tokens of each row, shape (n,).
-            k: ids wanted for each; 0 asks nothing.
+            k: ids wanted for each, at most; 0 asks nothing.
+            alone: the step that has ended did nothing else, such as computing prompts.
         """
-        limits = {row: min(k, MAX_K, self._max_tokens - len(history) - 1) for row, history in rows.items()}
-        rows = {row: history for row, history in rows.items() if limits[row] > 0}
-        if not rows:
+        begin = self._clock()
+        tracks, over = self._tracks.follow(rows)
+        self._ended += over
+        if self._lengths is not None:
+            self._learn(self._lengths, tracks.values(), over, begin - self._given_at if alone else None)
+        drafts = self._asked_for(session, tracks, k)
+        self.figures.drafted += sum(map(len, drafts.values()))
+        self._given = {
+            track.number: _Given(len(track.tokens), len(drafts.get(track.number, ()))) for track in tracks.values()
+        }
+        self._given_at = self._clock()
+        return {row: drafts[track.number] for row, track in tracks.items() if drafts.get(track.number)}
+
+    def _asked_for(self, session: Session | None, tracks: Mapping[int, Track], k: int) -> dict[int, list[int]]:
+        """Drafts by sequence."""
+        rooms = {row: min(k, MAX_K, self._max_tokens - len(track.tokens) - 1) for row, track in tracks.items()}
+        wanted = {row: track for row, track in tracks.items() if rooms[row] > 0}
+        if not wanted:
             return {}
         if session is None or self._rests(session):
             self.figures.skipped += 1
             return {}
-        tracks, over = self._tracks.follow(rows)
-        self._ended += over
-        asked = self._round(session, tracks, limits)
+        if self._lengths is not None:
+            chosen = self._lengths.choose([track.number for track in wanted.values()])
+            rooms = {row: min(rooms[row], chosen[track.number]) for row, track in wanted.items()}
+            wanted = {row: track for row, track in wanted.items() if rooms[row] > 0}
+            if not wanted:
+                return {}
+        asked = self._round(session, wanted, rooms)
         self.figures.asked += 1
+        begin = self._clock()
         answer = session.ask(asked, self._patience_s)
+        drafts = self._usable(session, asked, answer) if answer is not None else {}
         if answer is None:
             self.figures.missed += 1
             self._misses += 1
             self._pause = min(2**self._misses - 1, _LONGEST_PAUSE)
-            return {}
-        self._misses = 0
-        drafts = self._usable(session, asked, answer)
-        self.figures.drafted += sum(map(len, drafts.values()))
-        return {row: drafts[track.number] for row, track in tracks.items() if drafts.get(track.number)}
+        else:
+            self._misses = 0
+        if self._lengths is not None and (answer is None or drafts):  # to have waited in vain is a cost as well
+            self._lengths.drafted(max(ask.k for ask in asked.asks), self._clock() - begin)
+        return drafts
+
+    def _learn(
+        self, lengths: LengthChooser, tracks: Collection[Track], over: Sequence[int], seconds: float | None
+    ) -> None:
+        """What the step that has ended tells of acceptance, and of its cost where it was an ordinary one."""
+        for number in over:
+            lengths.forget(number)
+        usual = seconds is not None and self._given.keys() == {track.number for track in tracks}
+        for track in tracks:
+            given = self._given.get(track.number)
+            gained = len(track.tokens) - given.tokens if given is not None else 0
+            if given is None or not 1 <= gained <= given.drafts + 1:
+                usual = False
+            elif given.drafts:
+                lengths.accepted(track.number, given.drafts, gained - 1)
+        if usual and self._given and seconds is not None:
+            lengths.verified(sum(given.drafts + 1 for given in self._given.values()), seconds)
 
     def _rests(self, session: Session) -> bool:
         """Whether nothing is asked in this step: whoever was late lately is asked less often."""

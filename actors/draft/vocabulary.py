@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from joinwise.actors.models import resolve_model
+from joinwise.cluster.config import JoinwiseConfig
 from joinwise.cluster.errors import ConfigError
 from joinwise.proto import draft_pb2
 
@@ -67,3 +70,23 @@ def disagreement(target: Vocabulary, draft: Vocabulary | None) -> str:
         f"the draft model {draft.model!r} has another vocabulary ({draft.size} ids, {draft.digest[:8]}) than "
         f"the target {target.model!r} ({target.size} ids, {target.digest[:8]}): take a draft of the same family"
     )
+
+
+def check_vocabularies(config: JoinwiseConfig, progress: Callable[[str], None]) -> None:
+    """Refuse a cluster whose engines and draft models do not mean the same by their ids; models are fetched for it.
+
+    Raises:
+        ConfigError: naming both models.
+        ModelNotFoundError: a draft model that there is not.
+    """
+    drafts = {pool.name: pool.draft for pool in config.pools if pool.draft is not None and pool.draft.model is not None}
+    for pool in config.pools:
+        settings = drafts.get(pool.speculation.draft) if pool.speculation is not None else None
+        if settings is None or settings.model is None:
+            continue
+        target = config.model_named(pool.model)
+        target_path = resolve_model(target.model, revision=target.revision, progress=progress).path
+        draft_path = resolve_model(settings.model, revision=settings.revision, progress=progress).path
+        reason = disagreement(Vocabulary.read(target.name, target_path), Vocabulary.read(settings.model, draft_path))
+        if reason:
+            raise ConfigError(f"pool {pool.name!r}: {reason}")

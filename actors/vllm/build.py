@@ -8,19 +8,21 @@ from vllm.usage.usage_lib import UsageContext
 
 from joinwise.actors.vllm import connector
 from joinwise.actors.vllm.kv_events import events_config
+from joinwise.actors.vllm.proposer import speculation
 from joinwise.cluster.errors import ConfigError
 
 REPLAY = "joinwise.actors.vllm.replay:ReplayLogitsProcessor"
 REPLAY_V2 = "joinwise.actors.vllm.replay_v2:ReplayLogitsProcessorV2"
 
 
-def worker_config(model_path: str, engine: dict[str, Any], *, kv_events: bool = False) -> VllmConfig:
-    """Configuration of an engine that can send and receive KV, and replay.
+def worker_config(model_path: str, engine: dict[str, Any], *, kv_events: bool = False, drafts: int = 0) -> VllmConfig:
+    """Configuration of an engine that can send and receive KV, and replay; or, instead of that, verify drafts.
 
     Args:
         model_path: local folder of the model.
         engine: vLLM engine arguments by name, from the pool's configuration.
         kv_events: tell of every block that its cache gains or loses (`kv_events.report_blocks`).
+        drafts: ids a sequence and step that a draft actor is asked for (`proposer`); 0 for an engine without.
 
     Raises:
         ConfigError: an argument that vLLM does not know, or a value that it refuses.
@@ -32,8 +34,11 @@ def worker_config(model_path: str, engine: dict[str, Any], *, kv_events: bool = 
             kv_role="kv_both",
             kv_load_failure_policy="recompute",
         ),
-        "logits_processors": [REPLAY],
     }
+    if drafts:  # vLLM takes no logits processor beside speculation: `plain` does without replay
+        ours["speculative_config"] = speculation(drafts)
+    else:
+        ours["logits_processors"] = [REPLAY]
     defaults: dict[str, Any] = {
         # A step must be over before the next is scheduled: tokens to replay and released requests
         # enter between two steps.
@@ -45,7 +50,7 @@ def worker_config(model_path: str, engine: dict[str, Any], *, kv_events: bool = 
     if kv_events:
         ours["kv_events_config"] = events_config()
     config = _config(model_path, {**defaults, **engine, **ours})
-    if config.use_v2_model_runner:
+    if config.use_v2_model_runner and not drafts:
         config.model_config.logits_processors = [REPLAY_V2]
     return config
 

@@ -31,6 +31,7 @@ from joinwise.actors.vllm.connector.worker import KvSettings, KvStatus
 from joinwise.actors.vllm.cpu_seeds import spare_generators
 from joinwise.actors.vllm.handoff import KV_TRANSFER_KEY, Handoff, set_replay
 from joinwise.actors.vllm.kv_events import report_now
+from joinwise.actors.vllm.plain import PlainTakeover
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,8 @@ class EngineLoop:
         self._wake = threading.Event()
         self._stopping = False
         self._threads = torch.get_num_threads()
+        # An engine that speculates cannot replay.
+        self._plain = PlainTakeover() if config.speculative_config is not None else None
         self._owners: dict[int, set[str]] = defaultdict(set)
         self.last_step_at = time.monotonic()
         self.decode_step_s = 0.0
@@ -143,13 +146,18 @@ class EngineLoop:
 
         def look() -> Pending:
             running, waiting = self.core.scheduler.get_request_counts()
-            return Pending(running + waiting, ports.needed(self.core.model_executor))
+            return Pending(running + waiting + len(self.held), ports.needed(self.core.model_executor))
 
         return self.between_steps(look)
 
     def stuck_for(self) -> float:
         """Seconds since the last step, while there is work; 0 on an idle engine."""
         return time.monotonic() - self.last_step_at if self.core.scheduler.has_unfinished_requests() else 0.0
+
+    @property
+    def held(self) -> frozenset[str]:
+        """Requests that vLLM does not know yet: they wait for their first token."""
+        return self._plain.held if self._plain is not None else frozenset()
 
     @property
     def alive(self) -> bool:
@@ -196,8 +204,10 @@ class EngineLoop:
                 output.scheduler_stats = None
             if slot in self._owners and any(each.finish_reason is not None for each in output.outputs):
                 # One that is finished but kept for a receiver stays its gateway's: vLLM knows it until then.
-                self._owners[slot].intersection_update(self.core.scheduler.requests)
+                self._owners[slot].intersection_update({*self.core.scheduler.requests, *self.held})
             if output.outputs:
+                if self._plain is not None:
+                    self._plain.complete(output)
                 self._measure(output, self.last_step_at - begin)
                 self._on_outputs(slot, output)
         return executed
@@ -216,20 +226,35 @@ class EngineLoop:
 
     def _add(self, slot: int, request: EngineCoreRequest) -> None:
         request_id = request.request_id
-        try:
+
+        def add() -> None:
             if request_id in self.core.scheduler.requests:
                 raise ValueError(f"request id {request_id} is in use")
             Handoff.from_params((request.params.extra_args or {}).get(KV_TRANSFER_KEY))  # refuse a broken one here
-            request.client_index = slot
-            self.core.add_request(*self.core.preprocess_add_request(request))
+            given = request if self._plain is None else self._plain.admit(slot, request)
+            if given is not None:
+                self._give(slot, given)
             self._owners[slot].add(request_id)
+
+        self._try(slot, request_id, add)
+
+    def _try(self, slot: int, request_id: str, add: Callable[[], None]) -> None:
+        """Add a request; one that cannot be added ends with an error."""
+        try:
+            add()
         except Exception:
             logger.exception("request %s could not be added", request_id)
             self._on_outputs(
                 slot, EngineCoreOutputs(outputs=[EngineCoreOutput(request_id, [], finish_reason=FinishReason.ERROR)])
             )
 
+    def _give(self, slot: int, request: EngineCoreRequest) -> None:
+        request.client_index = slot
+        self.core.add_request(*self.core.preprocess_add_request(request))
+
     def _abort(self, slot: int, request_ids: list[str]) -> None:
+        if self._plain is not None:
+            self._plain.forget(request_ids)
         self.core.abort_requests(request_ids)
         for request_id in request_ids:
             if connector.host.scheduler is not None:
@@ -238,12 +263,17 @@ class EngineLoop:
                 self._owners[slot].discard(request_id)
 
     def _continue(self, request_id: str, epoch: int, replay: list[int], recompute: bool) -> None:
+        if self._plain is not None:
+            released = self._plain.release(request_id, epoch, replay, recompute=recompute)
+            if released is not None:
+                slot, held = released
+                self._try(slot, request_id, lambda: self._give(slot, held))
         request = self.core.scheduler.requests.get(request_id)
         if request is None or request.is_finished() or connector.host.scheduler is None:
             return
         handoff = Handoff.from_params(request.kv_transfer_params)
         if handoff is None or handoff.epoch != epoch:
             return
-        if replay:
+        if replay and self._plain is None:
             set_replay(request.sampling_params, replay)
         connector.host.scheduler.release(request_id, recompute=recompute)

@@ -22,7 +22,8 @@ class Handoff:
 
     `half` says whether this request sends (prefill) or receives (decode); `peer` is the sender's KV
     address, for the receiver only; `timeout_s` bounds the wait for each
-    frame after the first.
+    frame after the first; `num_tokens` is what the sender has where that is less than the prompt (a
+    receiver that appends tokens to the prompt sets it), 0 for all of it.
     """
 
     half: Literal["send", "recv"]
@@ -30,6 +31,7 @@ class Handoff:
     epoch: int
     peer: str = ""
     timeout_s: float = 60.0
+    num_tokens: int = 0
 
     def to_params(self) -> dict[str, Any]:
         """The dict that travels as `kv_transfer_params`."""

@@ -108,7 +108,7 @@ class ClusterLLM(AsyncLLM):
             samples=params.n,
             whole=bool(split.whole_reason(checked_params, has_embeds=checked.prompt_embeds is not None)),
             adapter=lora.lora_name if lora is not None else None,
-            needs=split.needs_of(checked_params),
+            needs=split.needs_of(checked_params, has_embeds=checked.prompt_embeds is not None),
             priority=int(given.get("priority") or 0),
             held=held,
         )

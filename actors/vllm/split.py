@@ -5,6 +5,7 @@ The rules are DESIGN.md's ("A request's life", 9). Ids on workers are `<id>.<att
 
 import copy
 from dataclasses import dataclass, field
+from typing import Any
 
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreRequest, FinishReason
@@ -12,6 +13,8 @@ from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreRequ
 from joinwise.actors.vllm.handoff import KV_TRANSFER_KEY, RESERVED_PREFIX, Handoff, set_replay
 from joinwise.cluster.errors import InvalidRequestError
 
+Transfer = Handoff | dict[str, Any]
+"""Ours, or what a connector of vLLM's takes as `kv_transfer_params`."""
 _RESERVED_KEYS = (KV_TRANSFER_KEY, "ec_transfer_params")
 
 
@@ -51,25 +54,31 @@ def whole_reason(params: SamplingParams, *, has_embeds: bool = False, resumable:
 ALL_SAMPLING = "all_sampling"
 
 
-def needs_of(params: SamplingParams) -> frozenset[str]:
+#: What a plain request may ask for: drawing a token does not depend on those before it, or how the text is shown.
+_PLAIN_FIELDS = frozenset(
+    {
+        *("n", "temperature", "top_p", "top_k", "stop", "stop_token_ids", "ignore_eos", "max_tokens"),
+        *("logprobs", "flat_logprobs", "detokenize", "skip_special_tokens", "spaces_between_special_tokens"),
+        *("include_stop_str_in_output", "output_kind", "stream_interval", "output_text_buffer_length", "skip_clone"),
+        *("_eos_token_id", "_all_stop_token_ids", "_watermarking_skipped"),
+    }
+)
+_DEFAULTS = SamplingParams()
+_SPECIAL_FIELDS = tuple(name for name in SamplingParams.__struct_fields__ if name not in _PLAIN_FIELDS)
+
+
+def needs_of(params: SamplingParams, *, has_embeds: bool = False) -> frozenset[str]:
     """Capabilities that a worker must have to serve a request exactly.
 
     Speculation is exact for temperature without a seed, top_p, top_k, stops, lengths and log probabilities; anything
-    else needs a worker without it.
+    else, whatever vLLM may add to it, needs a worker without it.
     """
-    plain = (
-        (params.seed is None or params.temperature == 0)
-        and not params.min_p
-        and not params.logit_bias
-        and not params.allowed_token_ids
-        and not params.bad_words
-        and not params.structured_outputs
-        and not params.min_tokens
-        and not params.presence_penalty
-        and not params.frequency_penalty
-        and params.repetition_penalty == 1
-        and not params.extra_args
-    )
+    plain = not has_embeds
+    for name in _SPECIAL_FIELDS:
+        value = getattr(params, name)
+        asks_nothing = value is False or (isinstance(value, list | dict) and not value)
+        if value != getattr(_DEFAULTS, name) and not asks_nothing:
+            plain = plain and name == "seed" and params.temperature == 0
     return frozenset() if plain else frozenset({ALL_SAMPLING})
 
 
@@ -84,7 +93,7 @@ def origin_of(worker_request_id: str) -> tuple[str, str]:
     return request_id, part
 
 
-def prefill_part(request: EngineCoreRequest, part: str, handoff: Handoff) -> EngineCoreRequest:
+def prefill_part(request: EngineCoreRequest, part: str, handoff: Transfer) -> EngineCoreRequest:
     """The copy that prefills: one token, then hand over."""
     copied = _copy(request, part, handoff)
     params = copied.sampling_params
@@ -94,7 +103,9 @@ def prefill_part(request: EngineCoreRequest, part: str, handoff: Handoff) -> Eng
     return copied
 
 
-def decode_part(request: EngineCoreRequest, part: str, handoff: Handoff | None, replay: list[int]) -> EngineCoreRequest:
+def decode_part(
+    request: EngineCoreRequest, part: str, handoff: Transfer | None, replay: list[int]
+) -> EngineCoreRequest:
     """The copy that decodes; without a hand-off it computes the prompt itself."""
     copied = _copy(request, part, handoff)
     if replay:
@@ -103,7 +114,7 @@ def decode_part(request: EngineCoreRequest, part: str, handoff: Handoff | None, 
     return copied
 
 
-def _copy(request: EngineCoreRequest, part: str, handoff: Handoff | None) -> EngineCoreRequest:
+def _copy(request: EngineCoreRequest, part: str, handoff: Transfer | None) -> EngineCoreRequest:
     """Copy a request. Parameters are copied too: the children of n > 1 share one object."""
     copied = copy.copy(request)
     copied.request_id = part
@@ -111,7 +122,7 @@ def _copy(request: EngineCoreRequest, part: str, handoff: Handoff | None) -> Eng
     assert params is not None
     params.extra_args = dict(params.extra_args or {})
     if handoff is not None:
-        params.extra_args[KV_TRANSFER_KEY] = handoff.to_params()
+        params.extra_args[KV_TRANSFER_KEY] = handoff.to_params() if isinstance(handoff, Handoff) else dict(handoff)
     copied.sampling_params = params
     return copied
 

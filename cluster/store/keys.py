@@ -25,6 +25,8 @@ and a version: two releases with different layouts run side by side without read
 | snapshots                         | set    | workers that are asked for all that their caches hold |
 | clock, grace                      | string | when `expire` last ran, and until when nobody is judged silent |
 | epoch                             | string | counter of epochs; starts at the time, so that lost data repeats none |
+| drafts:<pool>                     | hash   | draft actor -> milliseconds of its last heartbeat, and its facts |
+| bound:<pool>                      | hash   | worker id -> milliseconds at which it last asked, and its draft actor |
 | token                             | string | what the cluster's processes show each other |
 """
 
@@ -88,6 +90,14 @@ class Keys:
     def adapters(self, model: str) -> str:
         """LoRA adapters of a model."""
         return f"{self.base}adapters:{model}"
+
+    def drafts(self, pool: str) -> str:
+        """Draft actors of a pool."""
+        return f"{self.base}drafts:{pool}"
+
+    def bound(self, pool: str) -> str:
+        """The draft actor of each engine that asks a pool."""
+        return f"{self.base}bound:{pool}"
 
     @property
     def token(self) -> str:

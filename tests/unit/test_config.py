@@ -77,7 +77,7 @@ def test_unknown_keys_name_the_nearest(write) -> None:  # type: ignore[no-untype
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
-        ("role: decode", "role: decoder", "'prefill', 'decode' or 'mixed', not 'decoder'"),
+        ("role: decode", "role: decoder", "'prefill', 'decode', 'mixed' or 'draft', not 'decoder'"),
         ("role: decode", "role: prefill", "has only prefill pools"),
         ("replicas: 2", "replicas: 0", "has only prefill pools"),
         ("replicas: 2", "replicas: -1", "greater than or equal to 0, not -1"),
@@ -96,8 +96,10 @@ def test_unknown_keys_name_the_nearest(write) -> None:  # type: ignore[no-untype
         ("cluster: prod", "cluster: prod\nredis: http://x", "redis.url"),
         ("cluster: prod", "cluster: prod\nkv: {lossy: int8}", "kv.lossy (int8) is what kv.codec: auto may choose"),
         ("cluster: prod", "cluster: prod\nkv: {codec: auto, lossy: zstd}", "kv.lossy"),
+        ("cluster: prod", "cluster: prod\nkv: {transport: rdma}", "kv.transport"),
         ("cluster: prod", "cluster: prod\nrouter: {worker_ttl_s: 1}", "at least twice router.heartbeat_s"),
         ("block-size: 64", "kv_transfer_config: {}", "belongs to joinwise: set kv"),
+        ("block-size: 64", "speculative-config: {}", "belongs to joinwise: set pools[].speculation"),
         ("replicas: 2", "replicas: 2\n    cores: [1]", "2 replicas but only 1 cores"),
         ("replicas: 2", "replicas: 2\n    replicas: 3", "'pools[1].replicas' is given twice (line 15)"),
         ("cluster: prod", "cluster: [", "is not valid YAML: line"),
@@ -106,6 +108,62 @@ def test_unknown_keys_name_the_nearest(write) -> None:  # type: ignore[no-untype
 def test_mistakes(write, old: str, new: str, expected: str) -> None:  # type: ignore[no-untyped-def]
     assert old in GOOD
     assert any(expected in problem for problem in problems(write(GOOD.replace(old, new))))
+
+
+SPECULATING = """\
+models:
+  - {name: small, model: org/small}
+  - {name: other, model: org/other}
+pools:
+  - {name: whole, model: small, role: mixed}
+  - {name: fast, model: small, role: decode, speculation: {draft: drafts, k: 5}}
+  - {name: drafts, model: small, role: draft, draft: {model: org/tiny}}
+  - {name: others, model: other, role: mixed}
+"""
+
+
+def test_engines_that_speculate_and_their_draft_pool(write) -> None:  # type: ignore[no-untyped-def]
+    fast, drafts = load_config(write(SPECULATING), {}).pools[1:3]
+    assert fast.speculation is not None and drafts.draft is not None
+    assert (fast.speculation.draft, fast.speculation.k) == ("drafts", 5)
+    assert drafts.draft.model == "org/tiny"
+    lookup = load_config(write(SPECULATING.replace(", draft: {model: org/tiny}", "")), {})
+    assert lookup.pools[2].draft is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("draft: drafts, k: 5", "draft: nobody", "speculation.draft 'nobody' is no draft pool; draft pools: drafts"),
+        ("draft: drafts, k: 5", "draft: whole", "speculation.draft 'whole' is no draft pool"),
+        (", speculation: {draft: drafts, k: 5}", "", "'drafts' drafts for nobody"),
+        ("k: 5", "k: 0", "speculation.k"),
+        ("k: 5", "k: 65", "speculation.k"),
+        ("k: 5", "deadline_ms: 0", "speculation.deadline_ms"),
+        (
+            "drafts, model: small",
+            "drafts, model: other",
+            "serves 'small', but its draft pool 'drafts' drafts for 'other'",
+        ),
+        (
+            "whole, model: small, role: mixed",
+            "whole, model: small, role: prefill",
+            "decodes in pools with speculation only",
+        ),
+        ("role: decode, spec", "role: prefill, spec", "`speculation` belongs to decode and mixed pools"),
+        (
+            "role: mixed}\n  - {name: fast",
+            "role: mixed, draft: {}}\n  - {name: fast",
+            "`draft` belongs to pools with role",
+        ),
+        ("draft: {model: org/tiny}", "engine: {block_size: 8}", "it has no engine"),
+        ("draft: {model: org/tiny}", "device: gpu", "draft actors run on the CPU"),
+        ("draft: {model: org/tiny}", "draft: {slots: 0}", "draft.slots"),
+    ],
+)
+def test_mistakes_in_speculation(write, old: str, new: str, expected: str) -> None:  # type: ignore[no-untyped-def]
+    assert old in SPECULATING
+    assert any(expected in problem for problem in problems(write(SPECULATING.replace(old, new, 1))))
 
 
 @pytest.mark.parametrize("text", ["", "just text", "- a\n", "a: &x [*x]\n", "? [1, 2]\n: 3\n", "\x00"])

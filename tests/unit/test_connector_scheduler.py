@@ -330,3 +330,22 @@ def test_both_halves_beside_each_other(scheduler: Scheduler) -> None:
     assert scheduler.step().stop_receives == {"d"}
     scheduler.report(sent=[sends], received=[receives])
     scheduler.assert_idle()
+
+
+def test_a_receiver_that_appended_to_the_prompt_fetches_what_the_sender_has(scheduler: Scheduler) -> None:
+    handoff = Handoff("recv", "t", 7, "peer:1", 9.0, num_tokens=8)
+    for hit, offered, blocks in ((0, 8, (10, 11)), (4, 4, (11,))):
+        request = SimpleNamespace(request_id="d", num_prompt_tokens=9, kv_transfer_params=handoff.to_params())
+        scheduler.connector.on_new_request(request)  # type: ignore[arg-type]
+        assert scheduler.connector.matched_tokens(request, hit) == (offered, True)  # type: ignore[arg-type]
+        scheduler.allocate(request, [10, 11, 12], hit)
+        (spec,) = scheduler.step().receives
+        assert (spec.first_token, spec.num_tokens, spec.block_ids) == (hit, 8, blocks)
+        scheduler.connector.request_finished(request)  # type: ignore[arg-type]
+        scheduler.step()
+    request = SimpleNamespace(request_id="d", num_prompt_tokens=9, kv_transfer_params=handoff.to_params())
+    scheduler.connector.on_new_request(request)  # type: ignore[arg-type]
+    scheduler.allocate(request, [10, 11, 12], 8)  # all of it is in the cache already
+    assert not scheduler.step().receives
+    scheduler.connector.request_finished(request)  # type: ignore[arg-type]
+    scheduler.assert_idle()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import grpc
 import numpy as np
@@ -306,3 +307,91 @@ def test_closing_a_link_frees_whoever_waits() -> None:
         begin = time.monotonic()
         assert asker(patience_s=30).drafts(session, {0: TEXT}, 4) == {}
         assert time.monotonic() - begin < 10
+
+
+# The number of drafts.
+
+
+class Told:
+    """Stands for a chooser: notes what it is told, and chooses what a test says."""
+
+    def __init__(self) -> None:
+        self.length = 2
+        self.told: list[tuple[Any, ...]] = []
+
+    def choose(self, sequences: Sequence[int]) -> dict[int, int]:
+        return dict.fromkeys(sequences, self.length)
+
+    def verified(self, tokens: int, seconds: float) -> None:
+        self.told.append(("verified", tokens, round(seconds, 6)))
+
+    def drafted(self, depth: int, seconds: float) -> None:
+        self.told.append(("drafted", depth, round(seconds, 6)))
+
+    def accepted(self, sequence: int, drafts: int, accepted: int) -> None:
+        self.told.append(("accepted", drafts, accepted))
+
+    def forget(self, sequence: int) -> None:
+        self.told.append(("forget", sequence))
+
+    def take(self) -> list[tuple[Any, ...]]:
+        told, self.told = self.told, []
+        return told
+
+
+class Answering:
+    """A session that drafts 5, 6, 7, ... and takes a while by the test's clock."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.told: dict[int, int] = {}
+        self.silent = False
+
+    def ask(self, asked: draft_pb2.DraftRound, patience_s: float) -> draft_pb2.DraftAnswer | None:
+        self.now += patience_s if self.silent else 0.01
+        answer = draft_pb2.DraftAnswer(number=asked.number)
+        for each in asked.asks:
+            ids = [5 + index for index in range(each.k)]
+            answer.drafts.add(sequence=each.sequence, prefix_hash=each.prefix_hash, token_ids=ids)
+        return None if self.silent else answer
+
+
+def test_what_steps_and_drafts_cost_and_bring_is_told() -> None:
+    told, session = Told(), Answering()
+    asking = Asker(
+        vocabulary=1000,
+        max_tokens=64,
+        patience_s=0.5,
+        lengths=told,  # type: ignore[arg-type]
+        clock=lambda: session.now,
+    )
+
+    def step(rows: dict[int, np.ndarray], seconds: float = 0.1, *, alone: bool = True) -> list[tuple[Any, ...]]:
+        session.now += seconds
+        asking.drafts(session, rows, 4, alone=alone)  # type: ignore[arg-type]
+        return told.take()
+
+    assert step({0: tokens(1)}) == [("drafted", 2, 0.01)]  # a new sequence: its step computed a prompt
+    assert step({0: tokens(1, 5, 9)}) == [("accepted", 2, 1), ("verified", 3, 0.1), ("drafted", 2, 0.01)]
+    more = {0: tokens(1, 5, 9, 5, 6, 3), 1: tokens(8)}
+    assert step(more) == [("accepted", 2, 2), ("drafted", 2, 0.01)]  # the step computed the other's prompt too
+    more = {1: tokens(8, 4), 0: tokens(1, 5, 9, 5, 6, 3, 2)}
+    seen = step(more, 0.2)
+    assert sorted(seen[:2]) == [("accepted", 2, 0), ("accepted", 2, 0)]
+    assert seen[2:] == [("verified", 6, 0.2), ("drafted", 2, 0.01)]
+    told.length = 0
+    more = {row: tokens(*more[row], 2) for row in more}
+    assert step(more, alone=False)[2:] == []  # beside others' prompts, and nothing was asked
+    more = {row: tokens(*more[row], 2) for row in more}
+    assert step(more, 0.07) == [("verified", 2, 0.07)]
+    told.length, session.silent = 3, True
+    more = {row: tokens(*more[row], 2) for row in more}
+    assert step(more, 0.07) == [("verified", 2, 0.07), ("drafted", 3, 0.5)]  # in vain
+
+
+def test_the_chooser_never_gets_more_than_there_is_room_for() -> None:
+    told, session = Told(), Answering()
+    told.length = 9
+    asking = Asker(vocabulary=1000, max_tokens=8, patience_s=1, lengths=told)  # type: ignore[arg-type]
+    assert asking.drafts(session, {0: tokens(1, 2, 3, 4)}, 4) == {0: [5, 6, 7]}  # type: ignore[arg-type]
+    assert asking.drafts(session, {0: tokens(1, 2)}, 4) == {0: [5, 6, 7, 8]}  # type: ignore[arg-type]

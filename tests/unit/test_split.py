@@ -239,7 +239,17 @@ def test_times_move_to_the_gateways_clock() -> None:
     [
         ({"temperature": 0.7, "top_p": 0.9, "top_k": 5, "max_tokens": 9, "logprobs": 2}, True),
         ({"temperature": 0, "seed": 1}, True),
+        ({"temperature": 0, "seed": 1, "min_tokens": 1}, False),
+        ({"stop": ["x"], "stop_token_ids": [3], "ignore_eos": True, "n": 3}, True),
+        ({"detokenize": False, "flat_logprobs": True}, True),
+        ({"logit_bias": {}, "bad_words": []}, True),
         ({"temperature": 1, "seed": 1}, False),
+        ({"temperature": 1, "seed": 0}, False),
+        ({"prompt_logprobs": 0}, False),
+        ({"allowed_token_ids": [1]}, False),
+        ({"bad_words": ["x"]}, False),
+        ({"logprob_token_ids": [1]}, False),
+        ({"thinking_token_budget": 0}, False),
         ({"min_p": 0.1}, False),
         ({"logit_bias": {1: 2.0}}, False),
         ({"presence_penalty": 0.5}, False),
@@ -250,3 +260,7 @@ def test_times_move_to_the_gateways_clock() -> None:
 )
 def test_what_speculation_cannot_do_needs_a_worker_without(params: dict[str, object], plain: bool) -> None:
     assert split.needs_of(SamplingParams(**params)) == (frozenset() if plain else {split.ALL_SAMPLING})  # type: ignore[arg-type]
+
+
+def test_prompt_embeddings_cannot_be_continued_by_tokens() -> None:
+    assert split.needs_of(SamplingParams(), has_embeds=True) == {split.ALL_SAMPLING}

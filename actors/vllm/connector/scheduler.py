@@ -120,14 +120,15 @@ class SchedulerConnector:
             )
 
     def matched_tokens(self, request: "Request", num_computed_tokens: int) -> tuple[int, bool]:
-        """Offer the rest of the prompt, at least one token (vLLM asserts on none).
+        """Offer the rest of what the sender has, at least one token (vLLM asserts on none).
 
         Nothing is offered where the sender is known to have failed: the prompt is computed at once.
         """
         receive = self._receives.get(request.request_id)
         if receive is None or receive.state is not ReceiveState.WAITING or receive.fail:
             return 0, False
-        return request.num_prompt_tokens - num_computed_tokens, True
+        rest = _sent(receive.handoff, request) - num_computed_tokens
+        return (rest, True) if rest > 0 else (0, False)
 
     def after_alloc(self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int) -> None:
         """Blocks are allocated: fix what to fetch. The second call, after the load, changes nothing."""
@@ -138,9 +139,10 @@ class SchedulerConnector:
             receive.state = ReceiveState.OVER
             return
         receive.state = ReceiveState.LOADING
-        first = (request.num_prompt_tokens - num_external_tokens) // self._block_size
-        last = -(-request.num_prompt_tokens // self._block_size)
         handoff = receive.handoff
+        sent = _sent(handoff, request)
+        first = (sent - num_external_tokens) // self._block_size
+        last = -(-sent // self._block_size)
         self._next.receives.append(
             FetchSpec(
                 request_id=request.request_id,
@@ -149,7 +151,7 @@ class SchedulerConnector:
                 peers=tuple(handoff.peer.split(",")),
                 first_token=first * self._block_size,
                 block_ids=tuple(blocks.get_block_ids()[0][first:last]),
-                num_tokens=request.num_prompt_tokens,
+                num_tokens=sent,
                 timeout_s=handoff.timeout_s,
             )
         )
@@ -221,3 +223,8 @@ class SchedulerConnector:
     ) -> None:
         after = min(computed + output.num_scheduled_tokens[request_id], send.num_tokens)
         metadata.sends.append(SendStep(request_id, tuple(send.block_ids), after))
+
+
+def _sent(handoff: Handoff, request: "Request") -> int:
+    """Tokens of a receiving request whose KV the sender has."""
+    return handoff.num_tokens or int(request.num_prompt_tokens)

@@ -1,0 +1,206 @@
+"""The draft actor: a drafter behind its gRPC port, which tells the cluster every second where it is.
+
+Knows nothing of Ray, as the engine actor does not, and nothing of vLLM.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from dataclasses import replace
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import REGISTRY
+
+from joinwise.actors import cpu
+from joinwise.actors.auth import AsyncBearer, is_loopback
+from joinwise.actors.draft.desk import Desk
+from joinwise.actors.draft.drafter import Drafter
+from joinwise.actors.draft.lookup import PromptLookup
+from joinwise.actors.draft.metrics import DeskMetrics
+from joinwise.actors.draft.service import DraftService
+from joinwise.actors.draft.vocabulary import Vocabulary
+from joinwise.actors.draft.wire import CHANNEL_OPTIONS
+from joinwise.actors.models import resolve_model
+from joinwise.actors.ops import OpsServer
+from joinwise.actors.spec import WorkerSpec
+from joinwise.actors.tls import peers
+from joinwise.cluster.config import JoinwiseConfig
+from joinwise.cluster.config_model import DraftConfig
+from joinwise.cluster.drafts import DraftInfo, Drafts
+from joinwise.cluster.errors import ConfigError, JoinwiseError
+from joinwise.cluster.router.registry import Registry
+from joinwise.cluster.store.client import connect
+from joinwise.proto import draft_pb2, draft_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+_SERVICE = draft_pb2.DESCRIPTOR.services_by_name["DraftService"].full_name
+
+
+class DraftWorker:
+    """One drafter and everything around it. All methods run on one event loop."""
+
+    def __init__(self, config: JoinwiseConfig, spec: WorkerSpec, redis_url: str) -> None:
+        self._config = config
+        self._spec = spec
+        self._pool = next(pool for pool in config.pools if pool.name == spec.pool)
+        self._redis = connect(redis_url, config.redis)
+        self._drafts = Drafts(self._redis, config.cluster, config.router)
+        self._desk: Desk | None = None
+        self._server: grpc.aio.Server | None = None
+        self._health: health.aio.HealthServicer | None = None
+        self._metrics: DeskMetrics | None = None
+        self._ops: OpsServer | None = None
+        self._heart: asyncio.Task[None] | None = None
+        self._dead: BaseException | None = None
+        self._leaving = False
+
+    async def start(self) -> dict[str, Any]:
+        """Load the drafter and begin to serve.
+
+        Returns:
+            Worker id, addresses and process.
+
+        Raises:
+            ConfigError: the draft model cannot be used.
+            JoinwiseError: it cannot be found, or Redis does not answer.
+        """
+        begin = time.monotonic()
+        cpu.pin(self._spec.cores)
+        drafter, vocabulary = await asyncio.to_thread(self._load, self._pool.draft or DraftConfig())
+        self._desk = desk = Desk(drafter, on_dead=self._on_dead)
+        service = DraftService(desk, cluster=self._config.cluster, drafter=drafter.name, vocabulary=vocabulary)
+        self._service = service
+        self._metrics = DeskMetrics(lambda: desk.figures, lambda: drafter.held, lambda: service.engines)
+        REGISTRY.register(self._metrics)
+        desk.start()
+        address = await self._serve(service)
+        self._ops = self._open_ops()
+        metrics_address = f"{self._spec.host}:{self._ops.port}"
+        info = DraftInfo(self._spec.worker_id, address, metrics_address, drafter.name)
+        if vocabulary is not None:
+            info = replace(
+                info,
+                vocabulary_model=vocabulary.model,
+                vocabulary_size=vocabulary.size,
+                vocabulary_digest=vocabulary.digest,
+            )
+        await self._drafts.beat(self._pool.name, info)
+        self._heart = asyncio.create_task(self._beat(info))
+        logger.info("draft actor %s is ready after %.1f s", self._spec.worker_id, time.monotonic() - begin)
+        return {
+            "worker_id": self._spec.worker_id,
+            "draft_address": address,
+            "metrics_address": metrics_address,
+            "pid": os.getpid(),
+        }
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """Leave and close everything. Nothing is waited for: engines go on without drafts."""
+        if self._health is not None:
+            await self._health.enter_graceful_shutdown()
+        await self._leave()
+        if self._server is not None:
+            await self._server.stop(0.2)
+        if self._desk is not None:
+            await asyncio.to_thread(self._desk.stop)
+        if self._metrics is not None:
+            REGISTRY.unregister(self._metrics)
+        if self._ops is not None:
+            await asyncio.to_thread(self._ops.close)
+        await self._redis.aclose()
+
+    def failure(self) -> str:
+        """Why this actor is sick; empty when it is well."""
+        if self._dead is not None:
+            return f"the drafter has failed: {self._dead}"
+        return "" if self._desk is None or self._desk.alive else "the drafter's thread has ended"
+
+    # Inside.
+
+    def _load(self, settings: DraftConfig) -> tuple[Drafter, Vocabulary | None]:
+        if settings.model is None:
+            return PromptLookup(), None
+        from joinwise.actors.draft.causal import CausalDrafter
+
+        model = resolve_model(settings.model, revision=settings.revision)
+        vocabulary = Vocabulary.read(settings.model, model.path)
+        try:
+            drafter = CausalDrafter.load(
+                model.path,
+                settings.dtype,
+                slots=settings.slots,
+                max_tokens=settings.max_tokens,
+                name=settings.model,
+                threads=self._pool.compute_threads,
+            )
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"pool {self._pool.name!r} cannot draft with {settings.model!r}: {error}") from error
+        return drafter, vocabulary
+
+    async def _serve(self, service: DraftService) -> str:
+        host = self._spec.host
+        token = "" if is_loopback(host) else await self._registry_token()
+        self._server = grpc.aio.server(interceptors=(AsyncBearer([token]),) if token else (), options=CHANNEL_OPTIONS)
+        draft_pb2_grpc.add_DraftServiceServicer_to_server(service, self._server)
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        certificates = peers(self._config.tls)
+        if certificates is None:
+            port = self._server.add_insecure_port(f"{host}:0")
+        else:
+            port = self._server.add_secure_port(f"{host}:0", certificates.grpc_server())
+        await self._server.start()
+        for name in ("", _SERVICE):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        return f"{host}:{port}"
+
+    async def _registry_token(self) -> str:
+        return await Registry(self._redis, self._config.cluster, self._config.router).token()
+
+    def _open_ops(self) -> OpsServer:
+        host, port, loop = self._spec.host, self._pool.ops_port, asyncio.get_running_loop()
+        if port and not is_loopback(host):
+            host = "::" if ":" in host else "0.0.0.0"  # noqa: S104 - as for engines: a pod drains itself over loopback
+
+        def drain() -> None:
+            asyncio.run_coroutine_threadsafe(self._leave(), loop).result(10)
+
+        certificates = peers(self._config.tls)
+        try:
+            tls = certificates.server_context(clients=False) if certificates else None
+            return OpsServer(host, port, live=self.failure, ready=self._unready, drain=drain, tls=tls)
+        except OSError as error:
+            raise ConfigError(
+                f"pool {self._pool.name!r}: the operator's port {port} is taken: ops_port: 0 picks a free one"
+            ) from error
+
+    def _unready(self) -> str:
+        return "it drains" if self._leaving else self.failure()
+
+    def _on_dead(self, error: BaseException) -> None:
+        self._dead = error
+        self._service.end_all()
+
+    async def _leave(self) -> None:
+        """Be given to no engine any more."""
+        self._leaving = True
+        if self._heart is not None:
+            self._heart.cancel()
+        with contextlib.suppress(JoinwiseError):
+            await self._drafts.leave(self._pool.name, self._spec.worker_id)
+
+    async def _beat(self, info: DraftInfo) -> None:
+        while not self.failure():
+            await asyncio.sleep(self._config.router.heartbeat_s)
+            try:
+                await self._drafts.beat(self._pool.name, info)
+            except JoinwiseError as error:
+                logger.warning("heartbeat failed: %s", error)
+        logger.error("draft actor %s is sick: %s", self._spec.worker_id, self.failure())

@@ -1,0 +1,205 @@
+"""The proposer as vLLM loads it (`method="custom_class"`): every step it asks a draft actor what may come next.
+
+vLLM builds it from its own configuration in each rank of an engine; `open_links` tells it afterwards whom to ask, and
+only the rank whose drafts count asks. Until then, and whenever there is no answer in time, nothing is proposed and the
+step is an ordinary one. Whatever fails in here costs proposals, never the engine.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import grpc
+import numpy as np
+from vllm.config import VllmConfig
+from vllm.v1.executor import Executor
+
+from joinwise.actors.auth import bearer
+from joinwise.actors.draft.asking import Asker, AskFigures
+from joinwise.actors.draft.length import LengthChooser
+from joinwise.actors.draft.link import DraftLink
+from joinwise.actors.draft.vocabulary import Vocabulary
+from joinwise.actors.draft.wire import CHANNEL_OPTIONS, PROTOCOL_VERSION
+from joinwise.actors.tls import Certificates, peers
+from joinwise.cluster.config_model import PeerTlsConfig
+from joinwise.proto import draft_pb2
+
+logger = logging.getLogger(__name__)
+
+PATH = f"{__name__}.RemoteProposer"
+
+
+@dataclass(frozen=True)
+class DraftSettings:
+    """How an engine asks.
+
+    Attributes:
+        cluster, worker_id: who it is.
+        vocabulary: what its token ids mean.
+        deadline_s: seconds that a step waits for drafts at most.
+        adaptive: choose how many drafts to ask for by what they cost and bring.
+        token: shown to draft actors; empty for none.
+        tls: the cluster's certificates; None for plain text.
+    """
+
+    cluster: str
+    worker_id: str
+    vocabulary: Vocabulary
+    deadline_s: float
+    adaptive: bool = True
+    token: str = ""
+    tls: PeerTlsConfig | None = None
+
+
+class RemoteProposer:
+    """vLLM's proposer interface."""
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        assert vllm_config.speculative_config is not None
+        self._k = int(vllm_config.speculative_config.num_speculative_tokens)
+        self._ids = vllm_config.model_config.get_vocab_size()
+        self._max_tokens = vllm_config.model_config.max_model_len
+        self._link: DraftLink | None = None
+        self._asker: Asker | None = None
+
+    def load_model(self, *_: Any, **__: Any) -> None:
+        """vLLM offers the target here; drafts are asked for by its tokens alone."""
+
+    def open(self, settings: DraftSettings) -> None:
+        """Begin to ask, as soon as `point` says whom."""
+        hello = draft_pb2.DraftHello(
+            protocol_version=PROTOCOL_VERSION,
+            cluster=settings.cluster,
+            worker_id=settings.worker_id,
+            vocabulary=settings.vocabulary.message(),
+        )
+        channel = partial(_channel, peers(settings.tls))
+        self._asker = Asker(
+            vocabulary=self._ids,
+            max_tokens=self._max_tokens,
+            patience_s=settings.deadline_s,
+            lengths=LengthChooser(self._k) if settings.adaptive else None,
+        )
+        self._link = DraftLink(hello, channel, bearer(settings.token))
+
+    def point(self, address: str) -> None:
+        """Ask this draft actor; nobody for an empty address."""
+        if self._link is not None:
+            self._link.point(address)
+
+    def close(self) -> None:
+        """Ask nobody any more."""
+        link, self._link = self._link, None
+        if link is not None:
+            link.close()
+
+    @property
+    def figures(self) -> AskFigures | None:
+        """What asking has brought; None on a rank that does not ask."""
+        return self._asker.figures if self._asker is not None else None
+
+    def propose(
+        self,
+        sampled_token_ids: Sequence[Sequence[int]],
+        num_tokens_no_spec: np.ndarray,
+        token_ids_cpu: np.ndarray,
+        slot_mappings: Any = None,
+    ) -> list[list[int]]:
+        """Called by vLLM after each step, on the stepping thread; waits for `deadline_s` at most.
+
+        Args:
+            sampled_token_ids: ids that each row of the batch gained in the step; none for a row that only prefilled.
+            num_tokens_no_spec: tokens of each row, those included; shape (rows or more,).
+            token_ids_cpu: the tokens; shape (rows or more, longest sequence).
+            slot_mappings: not used.
+
+        Returns:
+            Drafts of each row.
+        """
+        proposals: list[list[int]] = [[] for _ in sampled_token_ids]
+        link, asker = self._link, self._asker
+        if link is None or asker is None:
+            return proposals
+        try:
+            rows = {
+                row: token_ids_cpu[row, : int(num_tokens_no_spec[row])]
+                for row, sampled in enumerate(sampled_token_ids)
+                if sampled
+            }
+            alone = all(sampled_token_ids)
+            for row, drafted in asker.drafts(link.session, rows, self._k, alone=alone).items():
+                proposals[row] = drafted
+        except Exception:
+            logger.exception("no drafts are asked for any more")
+            self._link = None
+        return proposals
+
+
+def speculation(k: int) -> dict[str, Any]:
+    """vLLM's `speculative_config` of an engine that asks for up to `k` drafts a sequence and step.
+
+    The schedule by batch size says nothing new, but with it vLLM does not pad the first step after a KV import, or
+    after a prefix hit up to the last token, with drafts of -1, from which the CPU's rejection sampler draws garbage.
+    """
+    return {
+        "method": "custom_class",
+        "model": PATH,
+        "num_speculative_tokens": k,
+        "num_speculative_tokens_per_batch_size": [(1, 1, k)],  # vLLM takes the last entry for all larger batches
+    }
+
+
+# What the process that steps an engine asks of the proposer, wherever that runs: see `connector.ports`.
+
+
+def open_links(executor: Executor, settings: DraftSettings) -> None:
+    """Let the rank whose drafts count ask."""
+    executor.collective_rpc(_open, args=(settings,))
+
+
+def point_links(executor: Executor, address: str) -> None:
+    """Say whom to ask."""
+    executor.collective_rpc(_call, args=("point", address))
+
+
+def close_links(executor: Executor) -> None:
+    """Ask nobody any more."""
+    executor.collective_rpc(_call, args=("close",))
+
+
+def asked(executor: Executor) -> AskFigures:
+    """What asking has brought."""
+    return next((each for each in executor.collective_rpc(_figures) if each is not None), AskFigures())
+
+
+def _proposer(worker: Any) -> RemoteProposer | None:
+    return getattr(worker.model_runner, "drafter", None)
+
+
+def _open(worker: Any, settings: DraftSettings) -> None:
+    parallel = worker.vllm_config.parallel_config
+    ranks = parallel.tensor_parallel_size * parallel.prefill_context_parallel_size
+    proposer = _proposer(worker)
+    # The first rank of the last pipeline stage: the executor hears no other.
+    if proposer is not None and worker.rank == parallel.world_size - ranks:
+        proposer.open(settings)
+
+
+def _call(worker: Any, method: str, *arguments: Any) -> None:
+    proposer = _proposer(worker)
+    if proposer is not None:
+        getattr(proposer, method)(*arguments)
+
+
+def _figures(worker: Any) -> AskFigures | None:
+    proposer = _proposer(worker)
+    return proposer.figures if proposer is not None else None
+
+
+def _channel(certificates: Certificates | None, address: str) -> grpc.Channel:
+    if certificates is None:
+        return grpc.insecure_channel(address, CHANNEL_OPTIONS)
+    options = [*CHANNEL_OPTIONS, *certificates.channel_options]
+    return grpc.secure_channel(address, certificates.grpc_channel(), options)

@@ -1,0 +1,121 @@
+"""vLLM's side of the seam: rows of a batch in, drafts out, and no failure of ours reaches the engine."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.draft_rig import VOCABULARY, ServedDesk
+
+from joinwise.actors.draft.lookup import PromptLookup
+from joinwise.actors.vllm import proposer
+from joinwise.actors.vllm.proposer import DraftSettings, RemoteProposer
+
+SETTINGS = DraftSettings(cluster="c", worker_id="w", vocabulary=VOCABULARY, deadline_s=5.0, adaptive=False)
+
+
+def made(k: int = 3) -> RemoteProposer:
+    model = SimpleNamespace(max_model_len=64, get_vocab_size=lambda: 1000)
+    config: Any = SimpleNamespace(speculative_config=SimpleNamespace(num_speculative_tokens=k), model_config=model)
+    return RemoteProposer(config)
+
+
+class Batch:
+    """Rows as vLLM keeps them: longer than they are in use, with what stood there before."""
+
+    def __init__(self, *rows: list[int]) -> None:
+        self.tokens = np.full((8, 64), 7, np.int32)
+        self.sizes = np.zeros(8, np.int32)
+        for row, ids in enumerate(rows):
+            self.tokens[row, : len(ids)] = ids
+            self.sizes[row] = len(ids)
+
+    def propose(self, subject: RemoteProposer, sampled: list[list[int]]) -> list[list[int]]:
+        return subject.propose(sampled, self.sizes, self.tokens, slot_mappings=None)
+
+
+class Workers:
+    """Stands for an executor of several ranks."""
+
+    def __init__(self, *ranks: tuple[int, Any], world: int, tensor_parallel: int) -> None:
+        parallel = SimpleNamespace(
+            world_size=world, tensor_parallel_size=tensor_parallel, prefill_context_parallel_size=1
+        )
+        config = SimpleNamespace(parallel_config=parallel)
+        self._workers = [
+            SimpleNamespace(rank=rank, vllm_config=config, model_runner=SimpleNamespace(drafter=each))
+            if each
+            else SimpleNamespace(rank=rank, vllm_config=config, model_runner=SimpleNamespace())
+            for rank, each in ranks
+        ]
+
+    def collective_rpc(self, call: Any, args: tuple[Any, ...] = ()) -> list[Any]:
+        return [call(worker, *args) for worker in self._workers]
+
+
+def until_asked(subject: RemoteProposer, batch: Batch, sampled: list[list[int]]) -> list[list[int]]:
+    deadline = time.monotonic() + 10
+    while not any(drafts := batch.propose(subject, sampled)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return drafts
+
+
+def test_nothing_is_proposed_before_anybody_can_be_asked() -> None:
+    subject = made()
+    subject.load_model(object())
+    assert Batch([1, 2, 1, 2]).propose(subject, [[2]]) == [[]]
+    assert subject.figures is None
+    subject.open(SETTINGS)
+    try:
+        assert Batch([1, 2, 1, 2]).propose(subject, [[2]]) == [[]]
+    finally:
+        subject.close()
+    assert Batch([1, 2, 1, 2]).propose(subject, [[2]]) == [[]]
+
+
+def test_rows_that_only_prefilled_are_not_drafted_for() -> None:
+    subject = made(k=2)
+    with ServedDesk(PromptLookup(), VOCABULARY) as served:
+        subject.open(SETTINGS)
+        subject.point(served.address)
+        batch = Batch([1, 2, 3, 1, 2], [5, 6, 8, 5, 6], [9])
+        assert until_asked(subject, batch, [[2], [], [9]]) == [[3, 1], [], []]
+        subject.close()
+
+
+def test_what_fails_in_here_ends_the_asking_not_the_engine(caplog: pytest.LogCaptureFixture) -> None:
+    subject = made()
+    with ServedDesk(PromptLookup(), VOCABULARY) as served:
+        subject.open(SETTINGS)
+        subject.point(served.address)
+        until_asked(subject, Batch([1, 2, 3, 1, 2]), [[2]])
+        assert subject.propose([[2]], np.array([5]), None) == [[]]  # type: ignore[arg-type]
+        assert "no drafts are asked for any more" in caplog.text
+        assert Batch([1, 2, 3, 1, 2]).propose(subject, [[2]]) == [[]]
+
+
+def test_of_several_ranks_only_the_one_that_is_heard_asks() -> None:
+    subjects = [made() for _ in range(2)]
+    ranks = Workers((0, None), (1, None), (2, subjects[0]), (3, subjects[1]), world=4, tensor_parallel=2)
+    with ServedDesk(PromptLookup(), VOCABULARY) as served:
+        proposer.open_links(ranks, SETTINGS)  # type: ignore[arg-type]
+        proposer.point_links(ranks, served.address)  # type: ignore[arg-type]
+        assert until_asked(subjects[0], Batch([1, 2, 3, 1, 2]), [[2]]) == [[3, 1, 2]]
+        assert Batch([1, 2, 3, 1, 2]).propose(subjects[1], [[2]]) == [[]]
+        assert proposer.asked(ranks).asked >= 1  # type: ignore[arg-type]
+        assert subjects[1].figures is None
+        proposer.close_links(ranks)  # type: ignore[arg-type]
+    assert Batch([1, 2, 3, 1, 2]).propose(subjects[0], [[2]]) == [[]]
+
+
+def test_the_engine_is_configured_against_padded_drafts() -> None:
+    config = proposer.speculation(5)
+    assert config["num_speculative_tokens_per_batch_size"] == [(1, 1, 5)]
+    from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
+
+    lookup = build_dynamic_sd_schedule_lookup(config["num_speculative_tokens_per_batch_size"], 16, 5)
+    assert lookup[1:] == [5] * 16
