@@ -21,7 +21,7 @@ import vllm
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import REGISTRY
-from vllm.config import VllmConfig
+from vllm.config import KVTransferConfig, VllmConfig
 from vllm.lora.request import LoRARequest
 
 from joinwise.actors import cpu
@@ -36,7 +36,7 @@ from joinwise.actors.models import resolve_model
 from joinwise.actors.ops import OpsServer
 from joinwise.actors.spec import WorkerSpec
 from joinwise.actors.tls import Certificates, peers
-from joinwise.actors.vllm import build, connector, proposer
+from joinwise.actors.vllm import build, connector, nixl, proposer
 from joinwise.actors.vllm.connector import ports
 from joinwise.actors.vllm.connector.worker import KvSettings
 from joinwise.actors.vllm.engine_loop import EngineLoop
@@ -114,6 +114,7 @@ class EngineWorker:
             arguments,
             kv_events=self._config.router.prefix_events,
             drafts=self._pool.speculation.k if self._pool.speculation is not None else 0,
+            transfer=self._foreign_transfer(),
         )
         self._engine = await asyncio.to_thread(self._build_engine, config, model.digest)
         self._service.bind(self._engine)
@@ -246,6 +247,13 @@ class EngineWorker:
         binding = Binding(drafts, settings.draft, self._spec.worker_id, vocabulary, point)
         await binding.renew()
         return binding
+
+    def _foreign_transfer(self) -> KVTransferConfig | None:
+        """How KV is shipped where vLLM does it by itself."""
+        if self._config.kv.transport != "nixl":
+            return None
+        nixl.listen_on(self._spec.host)
+        return nixl.transfer_config(self._config.kv.lease_s)
 
     def _on_dead(self, error: BaseException) -> None:
         self._dead = error

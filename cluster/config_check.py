@@ -85,8 +85,9 @@ def _gateway(config: JoinwiseConfig) -> Iterator[str]:
         if uses > 1:
             names = " and ".join(name for name, value in ports.items() if value == port)
             yield f"{names} are both {port}; give each its own port"
-    if gateway.enable_auto_tools and not gateway.tool_parser:
-        yield "gateway.enable_auto_tools needs gateway.tool_parser"
+    for model in config.models:
+        if gateway.enable_auto_tools and not (model.tool_parser or gateway.tool_parser):
+            yield f"gateway.enable_auto_tools needs gateway.tool_parser, or one of model '{model.name}'"
     if any(not key.strip() for key in gateway.api_keys):
         yield "gateway.api_keys holds an empty key; remove it"
     if gateway.jwt is not None and (gateway.jwt.jwks_file is None) == (gateway.jwt.jwks_url is None):
@@ -108,6 +109,13 @@ def _kv(config: JoinwiseConfig) -> Iterator[str]:
             f"kv.lossy ({kv.lossy}) is what kv.codec: auto may choose, but kv.codec is {kv.codec}; "
             f"write kv.codec: auto, or kv.codec: {kv.lossy} to code everything so"
         )
+    if kv.transport == "nixl":
+        if config.tls is not None:
+            yield "kv.transport: nixl speaks no TLS, but tls is set: choose another transport"
+        if kv.codec != "none":
+            yield f"kv.transport: nixl codes nothing, but kv.codec is {kv.codec}: write kv.codec: none"
+        if drafted := [pool.name for pool in config.pools if pool.speculation is not None]:
+            yield f"kv.transport: nixl hands nothing to engines that speculate, as pool '{drafted[0]}' does"
 
 
 def _router(config: JoinwiseConfig) -> Iterator[str]:

@@ -65,6 +65,12 @@ class ModelConfig(Section):
     """Tokens of prompt and answer together; None takes the model's own limit."""
     adapters: list[AdapterConfig] = []
     """LoRA adapters known from the start."""
+    chat_template: str | None = None
+    """File or text of a chat template; None takes `gateway.chat_template`, and without that the model's own."""
+    tool_parser: str | None = None
+    """vLLM's --tool-call-parser; None takes `gateway.tool_parser`."""
+    reasoning_parser: str | None = None
+    """vLLM's --reasoning-parser; None takes `gateway.reasoning_parser`."""
 
     @property
     def public_name(self) -> str:
@@ -186,15 +192,16 @@ class PoolConfig(Section):
 class KvConfig(Section):
     """How KV caches cross between workers."""
 
-    transport: Literal["auto", "grpc", "tcp", "shm", "nccl"] = "auto"
+    transport: Literal["auto", "grpc", "tcp", "shm", "nccl", "nixl"] = "auto"
     """`auto` picks for each pair: shared memory on one host, else TCP, else gRPC. `nccl` (gloo between CPUs) is never
-    picked by itself: its connections carry no token."""
+    picked by itself: its connections carry no token. `nixl` leaves KV to vLLM's own NixlConnector: no token, no
+    TLS, no codec, and alike pools only."""
     codec: Literal["auto", "none", "lossless", "int8", "fp8"] = "none"
     """How KV is coded on the wire; `int8` and `fp8` lose precision. `auto` codes where the wire is measured to be
     slower than coding, without loss unless `lossy` allows one."""
     lossy: Literal["none", "int8", "fp8"] = "none"
     """The codec with loss that `codec: auto` may choose too."""
-    frame_bytes: Bytes = 1 << 20
+    frame_bytes: Bytes = 2 << 20
     """Upper bound of one frame's payload."""
     landing_bytes: Bytes = 256 << 20
     """Landing buffer of one worker; a full one holds up senders."""
@@ -363,13 +370,13 @@ class GatewayConfig(Section):
     console: ConsoleConfig = Field(default_factory=ConsoleConfig)
     tls: TlsConfig | None = None
     chat_template: str | None = None
-    """File or text of a chat template that replaces the model's own."""
+    """File or text of a chat template that replaces the model's own; of models that name none themselves."""
     enable_auto_tools: bool = False
-    """Let the model choose tools (vLLM's --enable-auto-tool-choice); needs `tool_parser`."""
+    """Let models choose tools (vLLM's --enable-auto-tool-choice); each needs a `tool_parser`."""
     tool_parser: str | None = None
-    """vLLM's --tool-call-parser."""
+    """vLLM's --tool-call-parser, of models that name none themselves."""
     reasoning_parser: str | None = None
-    """vLLM's --reasoning-parser."""
+    """vLLM's --reasoning-parser, of models that name none themselves."""
     admin: bool = False
     """Serve /v1/load_lora_adapter, /v1/unload_lora_adapter and /v1/reset_prefix_cache to whoever may send requests."""
     vllm_args: dict[str, Any] = {}

@@ -15,7 +15,14 @@ REPLAY = "joinwise.actors.vllm.replay:ReplayLogitsProcessor"
 REPLAY_V2 = "joinwise.actors.vllm.replay_v2:ReplayLogitsProcessorV2"
 
 
-def worker_config(model_path: str, engine: dict[str, Any], *, kv_events: bool = False, drafts: int = 0) -> VllmConfig:
+def worker_config(
+    model_path: str,
+    engine: dict[str, Any],
+    *,
+    kv_events: bool = False,
+    drafts: int = 0,
+    transfer: KVTransferConfig | None = None,
+) -> VllmConfig:
     """Configuration of an engine that can send and receive KV, and replay; or, instead of that, verify drafts.
 
     Args:
@@ -23,12 +30,14 @@ def worker_config(model_path: str, engine: dict[str, Any], *, kv_events: bool = 
         engine: vLLM engine arguments by name, from the pool's configuration.
         kv_events: tell of every block that its cache gains or loses (`kv_events.report_blocks`).
         drafts: ids a sequence and step that a draft actor is asked for (`proposer`); 0 for an engine without.
+        transfer: a connector of vLLM's that ships KV (`nixl`); ours where it is None.
 
     Raises:
         ConfigError: an argument that vLLM does not know, or a value that it refuses.
     """
     ours: dict[str, Any] = {
-        "kv_transfer_config": KVTransferConfig(
+        "kv_transfer_config": transfer
+        or KVTransferConfig(
             kv_connector=connector.NAME,
             kv_connector_module_path=connector.MODULE,
             kv_role="kv_both",

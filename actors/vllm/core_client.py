@@ -29,7 +29,7 @@ from joinwise.actors.gateway.ledgers import LedgerBuilder
 from joinwise.actors.gateway.links import Links
 from joinwise.actors.gateway.tickets import Ticket, active_ticket
 from joinwise.actors.gateway.utilities import Utilities
-from joinwise.actors.vllm import split
+from joinwise.actors.vllm import nixl, split
 from joinwise.actors.vllm.handoff import Handoff
 from joinwise.cluster.errors import JoinwiseError, WorkerLostError
 from joinwise.cluster.router.router import Assignment, Demand, Router, Running, WorkerRef
@@ -68,6 +68,7 @@ class ClusterCore(EngineCoreClient):
         links: streams to workers; `on_message` and `on_lost` must be ours (`bind`).
         on_ledger: gets the finished ledger of every request.
         transfer_timeout_s: seconds without a frame after which a KV transfer that has begun has failed.
+        in_turn: the decode worker is asked when the prefill worker has ended, with what that hands over; see `nixl`.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class ClusterCore(EngineCoreClient):
         *,
         on_ledger: Callable[[str, LedgerBuilder], None],
         transfer_timeout_s: float,
+        in_turn: bool = False,
     ) -> None:
         self.engine_ranks_managed = [0]
         self.resources = SimpleNamespace(engine_dead=False)
@@ -86,6 +88,7 @@ class ClusterCore(EngineCoreClient):
         self._utilities = utilities
         self._on_ledger = on_ledger
         self._transfer_timeout_s = transfer_timeout_s
+        self._in_turn = in_turn
         self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self._live: dict[str, _Live] = {}
         self._background: set[asyncio.Task[Any]] = set()
@@ -237,12 +240,14 @@ class ClusterCore(EngineCoreClient):
             to_prefill, to_decode = await self._both(prefill, decode)
             if not self._is_at(live, attempt):
                 return
-            to_decode.send(self._add(split.decode_part(request, live.decode_id, receive, [])))
+            if not self._in_turn:
+                to_decode.send(self._add(split.decode_part(request, live.decode_id, receive, [])))
             if to_prefill is None or to_prefill.broken:
                 self._without_prefill(live, "no link")
             else:
                 live.prefill_id = split.part_id(request_id, attempt, "p")
-                to_prefill.send(self._add(split.prefill_part(request, live.prefill_id, send)))
+                transfer = nixl.ASK if self._in_turn else send
+                to_prefill.send(self._add(split.prefill_part(request, live.prefill_id, transfer)))
         except JoinwiseError as error:
             await self._move(live, attempt, decode, str(error))
 
@@ -283,9 +288,10 @@ class ClusterCore(EngineCoreClient):
             if output.finish_reason is FinishReason.ERROR and not output.new_token_ids:
                 self._without_prefill(live, "the prefill worker could not run it")
                 return None
+            handed = output.kv_transfer_params
             merged = live.merge.from_prefill(output)
             if output.new_token_ids or merged.finish_reason is not None:
-                self._prefill_ended(live)
+                self._prefill_ended(live, handed)
         else:
             live.ticket.prompt_ready.set()
             skipping, step_s = live.merge.to_skip, split.step_seconds(output, now)
@@ -302,12 +308,12 @@ class ClusterCore(EngineCoreClient):
             self._end(live, str(merged.finish_reason))
         return merged
 
-    def _prefill_ended(self, live: _Live) -> None:
+    def _prefill_ended(self, live: _Live, handed: dict[str, Any] | None) -> None:
         """The first token is there: give it to the decode part, and the prefill worker its room back."""
         live.prefill_done = True
         if not live.merge.finished:
             live.merge.to_skip = len(live.merge.emitted)
-            self._continue(live, recompute=False)
+            self._continue(live, handed, recompute=False)
         if live.fetched is False:
             self._free_sender(live)
         self._spawn(self._router.prefill_done(live.assignment))
@@ -316,16 +322,20 @@ class ClusterCore(EngineCoreClient):
         logger.warning("request %s goes on without its prefill worker: %s", live.request.request_id, reason)
         live.prefill_id = ""
         live.ledger.recomputed = True
-        self._continue(live, recompute=True)
+        self._continue(live, None, recompute=True)
         self._spawn(self._router.prefill_done(live.assignment))
 
     def _free_sender(self, live: _Live) -> None:
         """Nobody will fetch what the prefill worker keeps for this request."""
         self._abort_part(live.assignment.prefill, live.prefill_id)
 
-    def _continue(self, live: _Live, *, recompute: bool) -> None:
+    def _continue(self, live: _Live, handed: dict[str, Any] | None, *, recompute: bool) -> None:
         link = self._links.find(live.assignment.decode)
-        if link is not None:
+        if link is not None and self._in_turn:
+            if handed:
+                live.ledger.transferred(engine_pb2.TransferReport(request_id=live.decode_id, transport="nixl"))
+            link.send(self._add(split.decode_part(live.request, live.decode_id, handed, live.merge.emitted)))
+        elif link is not None:
             message = engine_pb2.ContinueRequest(
                 request_id=live.decode_id,
                 epoch=live.assignment.lease_epoch,
@@ -361,7 +371,7 @@ class ClusterCore(EngineCoreClient):
                     max_new_tokens=max(1, (params.max_tokens or 1) - len(live.merge.emitted)),
                     whole=True,
                     needs=live.ticket.demand.needs,
-                    exclude=frozenset(live.lost_on),
+                    exclude=live.ticket.demand.exclude | live.lost_on,
                     terms=live.ticket.demand.terms,
                     urgent=True,
                 )

@@ -96,6 +96,7 @@ def test_unknown_keys_name_the_nearest(write) -> None:  # type: ignore[no-untype
         ("cluster: prod", "cluster: prod\nredis: http://x", "redis.url"),
         ("cluster: prod", "cluster: prod\nkv: {lossy: int8}", "kv.lossy (int8) is what kv.codec: auto may choose"),
         ("cluster: prod", "cluster: prod\nkv: {codec: auto, lossy: zstd}", "kv.lossy"),
+        ("cluster: prod", "cluster: prod\nkv: {transport: nixl, codec: int8}", "kv.transport: nixl codes nothing"),
         ("cluster: prod", "cluster: prod\nkv: {transport: rdma}", "kv.transport"),
         ("cluster: prod", "cluster: prod\nrouter: {worker_ttl_s: 1}", "at least twice router.heartbeat_s"),
         ("block-size: 64", "kv_transfer_config: {}", "belongs to joinwise: set kv"),

@@ -13,6 +13,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from joinwise.actors.gateway.failures import NotedErrors
 from joinwise.actors.gateway.tickets import Ticket, active_ticket
+from joinwise.actors.vllm import nixl
 from joinwise.actors.vllm.core_client import ClusterCore
 from joinwise.actors.vllm.handoff import Handoff, replay_of
 from joinwise.cluster.errors import JoinwiseError, NoWorkerError, StoreUnavailableError, WorkerLostError
@@ -97,7 +98,7 @@ class FakeLinks:
 class World:
     """A core, and what a test says in the workers' names."""
 
-    def __init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
         self.router, self.links = FakeRouter(), FakeLinks()
         self.ended: list[str] = []
         self.core = ClusterCore(
@@ -106,6 +107,7 @@ class World:
             None,  # type: ignore[arg-type]
             on_ledger=lambda request_id, ledger: self.ended.append(request_id),
             transfer_timeout_s=5.0,
+            **options,
         )
 
     async def add(
@@ -132,9 +134,17 @@ class World:
             active_ticket.reset(token)
         await self.settle_down()
 
-    def says(self, worker: WorkerRef, part: str, *tokens: int, finish: FinishReason | None = None) -> None:
+    def says(
+        self,
+        worker: WorkerRef,
+        part: str,
+        *tokens: int,
+        finish: FinishReason | None = None,
+        handed: dict[str, Any] | None = None,
+    ) -> None:
         """A worker's frame with one output."""
-        outputs = EngineCoreOutputs(outputs=[EngineCoreOutput(part, list(tokens), finish_reason=finish)])
+        output = EngineCoreOutput(part, list(tokens), finish_reason=finish, kv_transfer_params=handed)
+        outputs = EngineCoreOutputs(outputs=[output])
         buffers = [bytes(buffer) for buffer in MsgpackEncoder().encode(outputs)]
         self.core.on_message(worker, engine_pb2.AttachResponse(frame=engine_pb2.Frame(outputs=buffers)))
 
@@ -206,6 +216,51 @@ async def test_a_split_request_from_end_to_end(world: World) -> None:
     assert (world.router.released, world.router.settled, world.ended) == (["l"], ["l"], ["r"])
     assert world.links.links[P].summary == [("add", "r.0.p")]
     assert world.core.running == []
+
+
+HANDED = {"do_remote_prefill": True, "remote_block_ids": [[4, 5]], "remote_engine_id": "p"}
+
+
+@pytest.mark.parametrize("handed", [HANDED, None])
+async def test_in_turn_decode_is_asked_with_what_prefill_hands_over(handed: dict[str, Any] | None) -> None:
+    world = World(in_turn=True)
+    await world.add(lease("l", P, D))
+    ((_, prefill),) = world.links.links[P].sent
+    assert prefill.sampling_params.extra_args["kv_transfer_params"] == nixl.ASK
+    assert world.links.links[D].sent == []
+    world.says(P, "r.0.p", 11, finish=FinishReason.LENGTH, handed=handed)
+    ((kind, decode),) = world.links.links[D].sent
+    assert (kind, decode.request_id, replay_of(decode.sampling_params)) == ("add", "r.0.d", [11])
+    assert decode.sampling_params.extra_args.get("kv_transfer_params") == handed
+    world.says(D, "r.0.d", 11)
+    world.says(D, "r.0.d", 12, finish=FinishReason.STOP)
+    await world.settle_down()
+    assert world.outputs() == [([11], None), ([12], FinishReason.STOP)]
+    assert (world.router.released, world.router.settled, world.ended) == (["l"], ["l"], ["r"])
+
+
+async def test_in_turn_a_lost_prefill_worker_lets_decode_compute() -> None:
+    world = World(in_turn=True)
+    await world.add(lease("l", P, D))
+    await world.core.on_lost(P, "gone")
+    ((kind, decode),) = world.links.links[D].sent
+    assert (kind, decode.request_id, replay_of(decode.sampling_params)) == ("add", "r.0.d", [])
+    assert "kv_transfer_params" not in decode.sampling_params.extra_args
+    world.says(P, "r.0.p", 99, finish=FinishReason.LENGTH, handed=HANDED)  # too late
+    world.says(D, "r.0.d", 11, finish=FinishReason.LENGTH)
+    assert world.outputs() == [([11], FinishReason.LENGTH)]
+    assert len(world.links.links[D].sent) == 1
+
+
+async def test_in_turn_a_lost_decode_worker_is_replaced_and_asked_once() -> None:
+    world = World(in_turn=True)
+    await world.add(lease("l", P, D))
+    world.router.next = [lease("m", None, E)]
+    await world.core.on_lost(D, "gone")
+    await world.until(lambda: world.links.links[E].sent)
+    world.says(P, "r.0.p", 11, finish=FinishReason.LENGTH, handed=HANDED)  # of the attempt before
+    assert world.links.links[E].summary == [("add", "r.1.d")]
+    assert world.links.links[D].sent == []
 
 
 async def test_a_stop_at_the_first_token_ends_both_parts(world: World) -> None:

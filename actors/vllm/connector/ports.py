@@ -14,6 +14,7 @@ from vllm.v1.executor import Executor
 from joinwise.actors.kv.layout import signature
 from joinwise.actors.kv.links import merged
 from joinwise.actors.kv.metrics import KvFigures
+from joinwise.actors.vllm.connector import JoinwiseConnector
 from joinwise.actors.vllm.connector.worker import KvPort, KvSettings, KvStatus, WorkerConnector
 from joinwise.actors.vllm.layout import describe
 from joinwise.proto import kv_pb2
@@ -28,11 +29,13 @@ class KvPorts:
 
 
 def open_ports(executor: Executor, settings: KvSettings) -> KvPorts:
-    """Open the KV port of every rank, and tell each of the others.
+    """Open the KV port of every rank, and tell each of the others; none where vLLM's own connector has its own.
 
     Raises:
         UnsupportedKvCacheError: a layer whose cache cannot be shipped.
     """
+    if settings.transport == "nixl":
+        return KvPorts("", "nixl")
     ports: list[KvPort] = executor.collective_rpc(_open, args=(settings,))
     layouts = [port.layout for port in ports]
     executor.collective_rpc(_set_ranks, args=(layouts,))
@@ -64,7 +67,13 @@ def figures(status: KvStatus) -> KvFigures:
 
 
 def _connector() -> WorkerConnector:
-    return get_kv_transfer_group().worker  # type: ignore[attr-defined]
+    group = get_kv_transfer_group()
+    assert isinstance(group, JoinwiseConnector)
+    return group.worker
+
+
+def _is_ours() -> bool:
+    return isinstance(get_kv_transfer_group(), JoinwiseConnector)
 
 
 def _open(worker: Any, settings: KvSettings) -> KvPort:
@@ -78,8 +87,8 @@ def _set_ranks(worker: Any, layouts: Sequence[bytes]) -> None:
 
 
 def _needed(_: Any) -> set[str]:
-    return _connector().needed()
+    return _connector().needed() if _is_ours() else set()
 
 
 def _status(_: Any) -> KvStatus:
-    return _connector().status()
+    return _connector().status() if _is_ours() else KvStatus([], 0, 0, 0, Counter(), [])
