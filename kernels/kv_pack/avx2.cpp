@@ -133,28 +133,46 @@ void transpose(const Byte* source, Size source_stride, Byte* target, Size target
     plain::transpose_piece<T>(source, source_stride, target, target_stride, 0, tiled_rows, tiled_columns, columns);
 }
 
-AVX2 void split_pairs(const Byte* source, Byte* target, Size row_stride, Size pairs, Size columns) {
-    if (columns % 16 != 0) return plain::split_pairs(source, target, row_stride, pairs, columns);
+template <bool Stream>
+AVX2 void split_lines(const Byte* source, Byte* target, Size row_stride, Size pairs, Size columns) {
     const __m256i lower = _mm256_set1_epi32(0xffff);
     for (Size p = 0; p < pairs; ++p, target += 2 * row_stride)
         for (Size at = 0; at < 2 * columns; at += 32, source += 64) {
             const __m256i a = load32(source), b = load32(source + 32);
             const __m256i even = _mm256_packus_epi32(_mm256_and_si256(a, lower), _mm256_and_si256(b, lower));
             const __m256i odd = _mm256_packus_epi32(_mm256_srli_epi32(a, 16), _mm256_srli_epi32(b, 16));
-            put<false>(target + at, _mm256_permute4x64_epi64(even, 0xd8));
-            put<false>(target + row_stride + at, _mm256_permute4x64_epi64(odd, 0xd8));
+            put<Stream>(target + at, _mm256_permute4x64_epi64(even, 0xd8));
+            put<Stream>(target + row_stride + at, _mm256_permute4x64_epi64(odd, 0xd8));
         }
 }
 
-AVX2 void join_pairs(const Byte* source, Byte* target, Size row_stride, Size pairs, Size columns) {
-    if (columns % 16 != 0) return plain::join_pairs(source, target, row_stride, pairs, columns);
+void split_pairs(const Byte* source, Byte* target, Size row_stride, Size pairs, Size columns, bool stream) {
+    if (columns % 16 != 0)
+        plain::split_pairs(source, target, row_stride, pairs, columns, stream);
+    else if (stream && columns % 32 == 0 && can_stream(target, row_stride))  // by whole cache lines
+        split_lines<true>(source, target, row_stride, pairs, columns);
+    else
+        split_lines<false>(source, target, row_stride, pairs, columns);
+}
+
+template <bool Stream>
+AVX2 void join_lines(const Byte* source, Byte* target, Size row_stride, Size pairs, Size columns) {
     for (Size p = 0; p < pairs; ++p, source += 2 * row_stride)
         for (Size at = 0; at < 2 * columns; at += 32, target += 64) {
             const __m256i even = load32(source + at), odd = load32(source + row_stride + at);
             const __m256i a = _mm256_unpacklo_epi16(even, odd), b = _mm256_unpackhi_epi16(even, odd);
-            put<false>(target, _mm256_permute2x128_si256(a, b, 0x20));
-            put<false>(target + 32, _mm256_permute2x128_si256(a, b, 0x31));
+            put<Stream>(target, _mm256_permute2x128_si256(a, b, 0x20));
+            put<Stream>(target + 32, _mm256_permute2x128_si256(a, b, 0x31));
         }
+}
+
+void join_pairs(const Byte* source, Byte* target, Size row_stride, Size pairs, Size columns, bool stream) {
+    if (columns % 16 != 0)
+        plain::join_pairs(source, target, row_stride, pairs, columns, stream);
+    else if (stream && can_stream(target, 64))
+        join_lines<true>(source, target, row_stride, pairs, columns);
+    else
+        join_lines<false>(source, target, row_stride, pairs, columns);
 }
 
 template <Float F>

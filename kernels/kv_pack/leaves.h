@@ -20,7 +20,7 @@ using Transpose = void (*)(const Byte* source, Size source_stride, Byte* target,
                            Size columns, bool stream);
 // Rows of 2-byte elements, interleaved two by two: element c of rows 2p and 2p + 1 lies at (p * columns + c) * 2 and beside
 // it. `split` reads pairs into rows, `join` writes rows as pairs.
-using Pairs = void (*)(const Byte* source, Byte* target, Size row_stride, Size pairs, Size columns);
+using Pairs = void (*)(const Byte* source, Byte* target, Size row_stride, Size pairs, Size columns, bool stream);
 // Converts rows of `count` numbers, rounding to nearest even; NaN stays NaN.
 using ConvertRows = void (*)(const Byte* source, Size source_stride, Byte* target, Size target_stride, Size rows,
                              Size count);

@@ -57,7 +57,7 @@ class Part {
     template <bool Pack>
     void move(Byte* inside, Size first, Size count, Byte* rows, Size row_stride, bool stream) const {
         const Size end = first + count;
-        if (way == Way::kPaired) return move_paired<Pack>(inside, first, end, rows, row_stride);
+        if (way == Way::kPaired) return move_paired<Pack>(inside, first, end, rows, row_stride, stream);
         for (Size t = first, run; t < end; t += run, rows += run * row_stride) {
             run = token.run(t, end);
             Byte* at = inside + token.at(t);
@@ -135,7 +135,7 @@ class Part {
     }
 
     template <bool Pack>
-    void move_paired(Byte* inside, Size first, Size end, Byte* rows, Size row_stride) const {
+    void move_paired(Byte* inside, Size first, Size end, Byte* rows, Size row_stride, bool stream) const {
         const auto alone = [&](Size t) { scatter<Pack>(inside + token.at(t), rows + (t - first) * row_stride); };
         const Size even = first + first % 2, pairs = (end - even) / 2;
         if (even != first) alone(first);
@@ -145,9 +145,9 @@ class Part {
             Byte* at = inside + token.at(even) + dim.at(d);
             const Size columns = dim.run(d, dim.size);
             if (Pack)
-                leaves().split_pairs(at, row + 2 * d, row_stride, pairs, columns);
+                leaves().split_pairs(at, row + 2 * d, row_stride, pairs, columns, stream);
             else
-                leaves().join_pairs(row + 2 * d, at, row_stride, pairs, columns);
+                leaves().join_pairs(row + 2 * d, at, row_stride, pairs, columns, stream);
         }
     }
 

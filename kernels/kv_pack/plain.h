@@ -112,7 +112,7 @@ void transpose(const Byte* source, Size source_stride, Byte* target, Size target
                                std::min(columns, c + tile));
 }
 
-inline void split_pairs(const Byte* source, Byte* target, Size row_stride, Size pairs, Size columns) {
+inline void split_pairs(const Byte* source, Byte* target, Size row_stride, Size pairs, Size columns, bool) {
     for (Size p = 0; p < pairs; ++p, source += 4 * columns, target += 2 * row_stride)
         for (Size c = 0; c < columns; ++c) {
             store(target + 2 * c, load<std::uint16_t>(source + 4 * c));
@@ -120,7 +120,7 @@ inline void split_pairs(const Byte* source, Byte* target, Size row_stride, Size 
         }
 }
 
-inline void join_pairs(const Byte* source, Byte* target, Size row_stride, Size pairs, Size columns) {
+inline void join_pairs(const Byte* source, Byte* target, Size row_stride, Size pairs, Size columns, bool) {
     for (Size p = 0; p < pairs; ++p, source += 2 * row_stride, target += 4 * columns)
         for (Size c = 0; c < columns; ++c) {
             store(target + 4 * c, load<std::uint16_t>(source + 2 * c));
