@@ -21,7 +21,7 @@ import httpx
 
 from joinwise.actors.bench.link import link
 from joinwise.actors.bench.local import local_cluster
-from joinwise.actors.bench.nixl_pair import ask_pair, nixl_pair
+from joinwise.actors.bench.nixl_pair import NixlPair, ask_pair, nixl_pair
 from joinwise.actors.bench.serve import MODEL, Answer, ask, question
 from joinwise.actors.models import resolve_model
 from joinwise.cluster.config import JoinwiseConfig
@@ -101,13 +101,13 @@ def run(
     return {name: round(value, 4) for name, value in figures.items()}, rows
 
 
-async def _measure(url: str, pair: tuple[str, str] | None, repeats: int, who: str, say: Say) -> tuple[Answers, Answers]:
+async def _measure(url: str, pair: NixlPair | None, repeats: int, who: str, say: Say) -> tuple[Answers, Answers]:
     """Every prompt through the cluster and, in turn, through NIXL's pair. Returns the answers of both by length."""
     dice = random.Random(0)  # noqa: S311 - reproducible, not secret
     ours: Answers = {length: [] for length in LENGTHS}
     theirs: Answers = {length: [] for length in LENGTHS if pair}
     async with httpx.AsyncClient(base_url=url, timeout=600) as client:
-        servers = [httpx.AsyncClient(base_url=server, timeout=600) for server in pair or ()]
+        servers = [httpx.AsyncClient(base_url=at, timeout=600) for at in ((pair.prefill, pair.decode) if pair else ())]
         for repeat in range(-1, repeats):  # the first round warms up
             for length in LENGTHS:
                 prompt = [dice.randrange(1000, 40_000) for _ in range(length)]
@@ -116,8 +116,9 @@ async def _measure(url: str, pair: tuple[str, str] | None, repeats: int, who: st
                 if not ledger.get("transport") or ledger.get("recomputed"):
                     raise RuntimeError(f"a prompt of {length} tokens was not handed over: {ledger}")
                 ours[length] += [answer] * (repeat >= 0)
-                if servers:
-                    answer = await ask_pair(servers[0], servers[1], question(prompt, _OUTPUT_TOKENS))
+                if pair:
+                    with pair.awake():
+                        answer = await ask_pair(servers[0], servers[1], question(prompt, _OUTPUT_TOKENS))
                     theirs[length] += [answer] * (repeat >= 0)
             say(f"{who}round {repeat + 1} of {repeats}")
         for server in servers:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 from joinwise.actors.bench.plain import plain_vllm
 from joinwise.actors.bench.serve import Answer, stream_into
@@ -22,11 +23,38 @@ _TRANSFER = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_buffer_d
 _ASK = {"do_remote_decode": True, "do_remote_prefill": False}
 
 
+class NixlPair:
+    """Both servers; stopped unless they are asked, for their threads poll.
+
+    Attributes:
+        prefill, decode: their URLs.
+    """
+
+    def __init__(self, prefill: str, decode: str, processes: Sequence[psutil.Process]) -> None:
+        self.prefill, self.decode = prefill, decode
+        self._processes = processes
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Let them run while this lasts."""
+        self.resume()
+        try:
+            yield
+        finally:
+            for process in self._processes:
+                process.suspend()
+
+    def resume(self) -> None:
+        """Let them run."""
+        for process in self._processes:
+            process.resume()
+
+
 @contextmanager
 def nixl_pair(
     model_path: str, name: str, cores: Sequence[int], engine: dict[str, Any], folder: Path
-) -> Iterator[tuple[str, str]]:
-    """Run both servers; yields the URL of the one that prefills and of the one that decodes.
+) -> Iterator[NixlPair]:
+    """Run both servers.
 
     Args:
         model_path: local folder.
@@ -36,11 +64,16 @@ def nixl_pair(
         folder: for their logs.
     """
     engine = engine | {"kv_transfer_config": json.dumps(_TRANSFER)}
+    before = set(psutil.Process().children(recursive=True))
     with (
         _server("prefill", model_path, name, cores[0], engine, folder) as prefill,
         _server("decode", model_path, name, cores[1], engine, folder) as decode,
     ):
-        yield prefill, decode
+        pair = NixlPair(prefill, decode, [*set(psutil.Process().children(recursive=True)) - before])
+        try:
+            yield pair
+        finally:
+            pair.resume()  # what is stopped cannot end
 
 
 async def ask_pair(prefill: httpx.AsyncClient, decode: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
