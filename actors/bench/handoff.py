@@ -98,7 +98,32 @@ def run(
             baseline = [_nixl_row(side, length, found, ours[length]) for length, found in theirs.items()]
             rows += baseline
             figures[f"nixl_exposed_ratio_1500{suffix}"] = mine_long["gap_ms"] / _of(baseline, 1500)["gap_ms"]
-    return {name: round(value, 4) for name, value in figures.items()}, rows
+    return {name: round(value, 4) for name, value in (figures | crossovers(rows)).items()}, rows
+
+
+def crossovers(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """From how many prompt tokens on a codec shortens the gap of its link and transport.
+
+    Returns:
+        `crossover_tokens_<transport>_<codec>_<link>`; -1 where it does not, at the longest prompts.
+    """
+    plain = {_place(row): row["gap_ms"] for row in rows if row["codec"] == "none"}
+    found: dict[str, float] = {}
+    for row in sorted(rows, key=lambda each: -each["prompt_tokens"]):
+        if row["codec"] == "none" or _place(row) not in plain:
+            continue
+        name = f"crossover_tokens_{row['transport']}_{row['codec']}_{row['link']}"
+        last, still = found.get(name, -1), row["gap_ms"] < plain[_place(row)]
+        longer = [each["prompt_tokens"] for each in rows if each["prompt_tokens"] > row["prompt_tokens"]]
+        if still and last == min(longer, default=-1):
+            found[name] = row["prompt_tokens"]
+        else:
+            found.setdefault(name, -1)
+    return found
+
+
+def _place(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["link"], row["transport"], row["prompt_tokens"]
 
 
 async def _measure(url: str, pair: NixlPair | None, repeats: int, who: str, say: Say) -> tuple[Answers, Answers]:

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from joinwise.actors.bench.handoff import Side, agreement
+from joinwise.actors.bench.handoff import Side, agreement, crossovers
 from joinwise.actors.bench.link import link, refused
 from joinwise.actors.bench.serve import Answer
 from joinwise.cluster.errors import ConfigError
@@ -26,6 +26,18 @@ def test_agreement_is_by_position(tokens: list[list[int]], first: int | None, sa
 def test_a_figure_says_what_it_is_of() -> None:
     assert Side("tcp", "int8", "1gbit").suffix == "_tcp_int8_1gbit"
     assert Side("shm").suffix == "_shm"
+
+
+@pytest.mark.parametrize(
+    ("gaps", "tokens"),
+    [([9, 9, 9], 128), ([11, 9, 9], 512), ([9, 11, 9], 1500), ([9, 9, 11], -1), ([11, 11, 11], -1)],
+)
+def test_a_codec_pays_from_where_it_pays_for_all_that_is_longer(gaps: list[float], tokens: float) -> None:
+    lengths = (128, 512, 1500)
+    plain = [{"link": "1gbit", "transport": "tcp", "codec": "none", "prompt_tokens": n, "gap_ms": 10} for n in lengths]
+    coded = [each | {"codec": "int8", "gap_ms": gap} for each, gap in zip(plain, gaps, strict=True)]
+    elsewhere = [each | {"link": "10gbit", "gap_ms": 0} for each in plain]
+    assert crossovers([*plain, *coded, *elsewhere]) == {"crossover_tokens_tcp_int8_1gbit": tokens}
 
 
 @pytest.mark.parametrize("rate", ["fast", "1gbit; reboot", "-1gbit", "gbit"])
