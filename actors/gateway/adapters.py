@@ -1,4 +1,4 @@
-"""LoRA adapters as clients see them: which there are, and the routes that add and remove them.
+"""LoRA adapters as clients see them: which there are of each model, and the routes that add and remove them.
 
 The registry is the truth, so that several gateways agree: each follows it, and lists an adapter once every worker of
 the model has it. Adding and removing go through `Utilities`, to all workers.
@@ -6,6 +6,7 @@ the model has it. Adding and removing go through `Utilities`, to all workers.
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter
@@ -45,9 +46,12 @@ class Adapters:
         self._registry = registry
         self._utilities = utilities
         self._models = models
-        self._model = model
+        self.model = model
         self._enabled = enabled
         self._changing = asyncio.Lock()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._models.lora_requests
 
     async def sync(self) -> None:
         """Take over what the registry says.
@@ -56,8 +60,8 @@ class Adapters:
             StoreUnavailableError: Redis does not answer.
         """
         async with self._changing:
-            recorded = await self._registry.adapters(self._model)
-            workers = [info for info in await self._registry.list() if info.model == self._model]
+            recorded = await self._registry.adapters(self.model)
+            workers = [info for info in await self._registry.list() if info.model == self.model]
             everywhere = [each for each in recorded if all(each.name in info.adapters for info in workers)]
             held = self._models.lora_requests
             for name in held.keys() - {each.name for each in recorded}:
@@ -110,20 +114,71 @@ class Adapters:
             await self._utilities.remove_lora(lora.lora_int_id)
         return f"Success: LoRA adapter '{request.lora_name}' removed successfully."
 
+    async def reset_prefix_cache(self) -> bool:
+        """Forget cached prefixes on every worker; false when one has a request that still uses its cache."""
+        return await self._utilities.reset_prefix_cache(False)
+
+
+class LoadRequest(LoadLoRAAdapterRequest):
+    """vLLM's own, and the model that the adapter is for."""
+
+    model: str | None = None
+    """Needed where the cluster serves several."""
+
+
+class AdapterRoutes:
+    """Adapters of all models of a gateway, in one name space: clients ask for an adapter by its name alone."""
+
+    def __init__(self, adapters: Sequence[Adapters]) -> None:
+        self._by_model = {each.model: each for each in adapters}
+        self._loading = asyncio.Lock()
+
+    async def load(self, request: LoadRequest) -> str:
+        """As `Adapters.load`, for the model that the request names.
+
+        Raises:
+            ModelNotFoundError: there is no such model.
+            InvalidRequestError: no model is named, where there are several, or another one has the adapter's name.
+        """
+        chosen = self._named(request.model)
+        async with self._loading:
+            for other in self._by_model.values():
+                if other is not chosen and (request.lora_name == other.model or request.lora_name in other):
+                    raise InvalidRequestError(
+                        f"the name {request.lora_name!r} belongs to {other.model!r}: give the adapter another"
+                    )
+            return await chosen.load(request)
+
+    async def unload(self, request: UnloadLoRAAdapterRequest) -> str:
+        """As `Adapters.unload`, for the model that the adapter belongs to."""
+        everyone = list(self._by_model.values())
+        holder = next((each for each in everyone if request.lora_name in each), everyone[0])
+        return await holder.unload(request)
+
     async def reset_prefix_cache(self) -> dict[str, bool]:
         """Forget cached prefixes on every worker; false when one has a request that still uses its cache."""
-        return {"reset": await self._utilities.reset_prefix_cache(False)}
+        return {"reset": all([await each.reset_prefix_cache() for each in self._by_model.values()])}
 
-    def routes(self, *, admin: bool) -> APIRouter:
-        """vLLM's routes for adapters (with `admin`), and refusals in place of those that one engine would have."""
-        router = APIRouter()
-        if admin:
-            router.post("/v1/load_lora_adapter")(self.load)
-            router.post("/v1/unload_lora_adapter")(self.unload)
-            router.post("/v1/reset_prefix_cache")(self.reset_prefix_cache)
-        for name, method in _UNSUPPORTED.items():
-            router.add_api_route(f"/{name}", _refusal(name), methods=[method], include_in_schema=False)
-        return router
+    def _named(self, model: str | None) -> Adapters:
+        if model is None and len(self._by_model) > 1:
+            names = ", ".join(self._by_model)
+            raise InvalidRequestError(f"which model is the adapter for? Set 'model' to one of {names}")
+        found = next(iter(self._by_model.values())) if model is None else self._by_model.get(model)
+        if found is None:
+            raise ModelNotFoundError(f"there is no model {model!r}")
+        return found
+
+
+def adapter_routes(adapters: Sequence[Adapters], *, admin: bool) -> APIRouter:
+    """vLLM's routes for adapters (with `admin`), and refusals in place of those that one engine would have."""
+    router, ours = APIRouter(), AdapterRoutes(adapters)
+    if admin:
+        router.post("/v1/load_lora_adapter")(ours.load)
+        router.post("/v1/unload_lora_adapter")(ours.unload)
+        router.post("/v1/reset_prefix_cache")(ours.reset_prefix_cache)
+    for name, method in _UNSUPPORTED.items():
+        router.add_api_route(f"/{name}", _refusal(name), methods=[method], include_in_schema=False)
+    return router
 
 
 def _refusal(name: str) -> Any:

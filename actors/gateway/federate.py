@@ -1,8 +1,8 @@
 """`/federate`: this gateway's metrics and those of every live worker, in one answer.
 
-For sites where Prometheus cannot reach the workers. Each worker's samples get a `worker` and a `pool` label, so that
-nothing of two processes is ever added up by accident. A worker that does not answer in time is left out and counted in
-`joinwise:federate_failures_total`; its absence is visible as `joinwise:federated` of 0.
+For sites where Prometheus cannot reach the workers. Each worker's samples get the labels `worker`, `pool` and `model`,
+so that nothing of two processes is ever added up by accident. A worker that does not answer in time is left out and
+counted in `joinwise:federate_failures_total`; its absence is visible as `joinwise:federated` of 0.
 """
 
 from __future__ import annotations
@@ -54,12 +54,13 @@ class Federation:
     async def merged(self) -> bytes:
         """This process's metrics, then every worker's. Raises StoreUnavailableError when Redis does not answer."""
         workers = await self._workers()
-        texts = await asyncio.gather(*(asyncio.to_thread(self._ask, worker) for worker in workers))
+        texts = await asyncio.gather(*(asyncio.to_thread(self.ask, worker) for worker in workers))
         here = CollectorRegistry()
         here.register(_Merged([*REGISTRY.collect()], list(zip(workers, texts, strict=True))))
         return await asyncio.to_thread(generate_latest, here)
 
-    def _ask(self, worker: WorkerInfo) -> str | None:
+    def ask(self, worker: WorkerInfo) -> str | None:
+        """A worker's metrics; None where it does not answer in time. Waits: call it on a thread."""
         host, _, port = worker.metrics_address.rpartition(":")
         connection = http.client.HTTPConnection(host.strip("[]"), int(port), timeout=_TIMEOUT_S)
         try:
@@ -88,7 +89,7 @@ class _Merged(Collector):
         self._families = {family.name: _copy(family, {}) for family in own}
         answered = Metric("joinwise:federated", "Whether a worker's metrics are in this answer", "gauge")
         for worker, text in others:
-            labels = {"worker": worker.worker_id, "pool": worker.pool}
+            labels = {"worker": worker.worker_id, "pool": worker.pool, "model": worker.model}
             families = _parsed(text)
             answered.add_sample(answered.name, labels, float(families is not None))
             for family in families or ():

@@ -1,6 +1,6 @@
-"""One gateway: vLLM's front end over the cluster, with its HTTP and gRPC listeners.
+"""One gateway: vLLM's front end over the cluster for each model, behind one HTTP and one gRPC listener.
 
-Owns its Redis client, its links to workers, and the two background jobs that keep leases alive and
+Owns its Redis client, its models (`served.py`), and the two background jobs that keep leases alive and
 bury the dead. Stateless: another gateway, or this one restarted, knows as much.
 """
 
@@ -16,21 +16,16 @@ from functools import partial
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
 from prometheus_client import REGISTRY, Gauge
-from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-from vllm.entrypoints.launchers.app import build_app
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
-from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from joinwise.actors.auth import bearer
-from joinwise.actors.gateway.adapters import Adapters
+from joinwise.actors.gateway.acceptance import Acceptance, acceptance
+from joinwise.actors.gateway.adapters import adapter_routes
 from joinwise.actors.gateway.audit import Audit
 from joinwise.actors.gateway.console import Console
 from joinwise.actors.gateway.console_feed import Feed, Sources
+from joinwise.actors.gateway.dispatch import Dispatch
 from joinwise.actors.gateway.federate import Federation
-from joinwise.actors.gateway.front import Front, error_body, error_headers
+from joinwise.actors.gateway.front import Front
 from joinwise.actors.gateway.grpc_server import GrpcOptions, GrpcServer, serve_grpc
 from joinwise.actors.gateway.guard import Guard
 from joinwise.actors.gateway.http_limits import limited_protocol
@@ -38,24 +33,20 @@ from joinwise.actors.gateway.identity import Authenticator
 from joinwise.actors.gateway.inference import InferenceService
 from joinwise.actors.gateway.kv_links import kv_links
 from joinwise.actors.gateway.ledgers import Ledgers
-from joinwise.actors.gateway.links import Links
-from joinwise.actors.gateway.tickets import TicketOffice, on_terms
+from joinwise.actors.gateway.models import Models
+from joinwise.actors.gateway.served import ServedModel, Shared, serve_model
+from joinwise.actors.gateway.tickets import on_terms
 from joinwise.actors.gateway.tracing import Traces
-from joinwise.actors.gateway.utilities import Utilities
-from joinwise.actors.models import resolve_model
 from joinwise.actors.ops import OpsServer
 from joinwise.actors.tls import Certificates, peers
-from joinwise.actors.vllm.build import gateway_config
-from joinwise.actors.vllm.core_client import ClusterCore
-from joinwise.actors.vllm.kv_events import BlockNames
-from joinwise.actors.vllm.llm import ClusterLLM, cluster_llm
+from joinwise.actors.vllm.series import ModelSeries
 from joinwise.cluster.client.types import ClusterStatus, KvLinkStatus, WorkerStatus
 from joinwise.cluster.config import JoinwiseConfig
-from joinwise.cluster.errors import ConfigError, JoinwiseError, NoWorkerError
+from joinwise.cluster.errors import ConfigError, JoinwiseError
 from joinwise.cluster.router.away import SteadyRouter
 from joinwise.cluster.router.prefix_index import PrefixFollower, PrefixIndex
 from joinwise.cluster.router.pulse import take_pulse
-from joinwise.cluster.router.registry import Registry, WorkerInfo
+from joinwise.cluster.router.registry import Registry
 from joinwise.cluster.router.why import decisions_on, latest_decisions
 from joinwise.cluster.store.client import connect
 
@@ -76,7 +67,7 @@ class Addresses:
 
 
 class Gateway:
-    """A gateway of one cluster, for its one model.
+    """A gateway of one cluster, for all its models.
 
     Args:
         config: the cluster's configuration.
@@ -84,10 +75,7 @@ class Gateway:
     """
 
     def __init__(self, config: JoinwiseConfig, redis_url: str) -> None:
-        if len(config.models) != 1:
-            raise ConfigError("one cluster serves one model for now: start one cluster per model")
         self._config = config
-        self._model = config.models[0]
         self.gateway_id = f"{socket.gethostname()}-{secrets.token_hex(4)}"
         self._redis = connect(redis_url, config.redis)
         self._registry = Registry(self._redis, config.cluster, config.router)
@@ -101,9 +89,8 @@ class Gateway:
         self._http_task: asyncio.Task[None] | None = None
         self._grpc: GrpcServer | None = None
         self._service: InferenceService | None = None
-        self._links: Links | None = None
-        self._core: ClusterCore | None = None
-        self._llm: ClusterLLM | None = None
+        self._models: list[ServedModel] = []
+        self._series = ModelSeries(REGISTRY) if len(config.models) > 1 else None
         tls = config.gateway.tls
         self._certificates = Certificates.of_gateway(tls) if tls is not None else None
         self._peers = peers(config.tls)
@@ -111,60 +98,46 @@ class Gateway:
         self._audit = Audit(config.gateway.audit_file)
         self._ops: OpsServer | None = None
         self._feed: Feed | None = None
-        self._served: frozenset[str] = frozenset()  # roles with a live worker
+        self._served: dict[str, frozenset[str]] = {}  # of each model, the roles with a live worker
         self._draining = False
         self._beaten = time.monotonic()
 
     async def build(self) -> Any:
-        """Make the ASGI application; waits for a worker, whose limits the front end takes over.
+        """Make the ASGI application; waits for a worker of each model.
 
         Raises:
-            NoWorkerError: no worker has registered within `ray.start_timeout_s`.
-            JoinwiseError: Redis or the model cannot be reached.
+            NoWorkerError: no worker of a model has registered within `ray.start_timeout_s`.
+            JoinwiseError: Redis or a model cannot be reached.
         """
-        config, name = self._config, self._model.public_name
-        model = await asyncio.to_thread(resolve_model, self._model.model, revision=self._model.revision)
-        worker = await self._first_worker(name)
-        if worker.model_digest != model.digest:
-            raise ConfigError(
-                f"workers serve {name!r} with other files (digest {worker.model_digest}) than this gateway's"
-            )
-        self._links = Links(
-            config.cluster,
-            self.gateway_id,
-            on_message=self._on_message,
-            on_lost=self._on_lost,
-            certificates=self._peers,
+        config = self._config
+        shared = Shared(
+            config=config,
+            gateway_id=self.gateway_id,
+            registry=self._registry,
+            router=self._router,
+            prefixes=self._prefixes,
+            ledgers=self._ledgers,
+            peers=self._peers,
+            series=self._series,
         )
-        self._links.metadata = bearer(await self._registry.token())
-        utilities = Utilities(self._registry, self._links, name)
-        self._core = ClusterCore(
-            self._router,
-            self._links,
-            utilities,
-            on_ledger=self._ledgers.add,
-            transfer_timeout_s=config.kv.transfer_timeout_s,
-        )
-        arguments = {**config.engine_arguments(self._serving_pool()), "max_model_len": worker.max_model_len}
-        vllm_config = await asyncio.to_thread(gateway_config, str(model.path), arguments, [name])
-        blocks = BlockNames(vllm_config, worker.block_size) if config.router.prefix_events else None
-        self._llm = cluster_llm(vllm_config, self._core, TicketOffice(self._router, name), self._prefixes, blocks)
-        args = self._front_end_args(str(model.path), name, worker.max_model_len)
-        app: FastAPI = build_app(args, ("generate",), vllm_config.model_config)
-        app.add_exception_handler(JoinwiseError, _on_error)
-        app.middleware_stack = None  # vLLM has built it already, without our handler; it is built again when needed
-        await init_app_state(self._llm, app.state, args, ("generate",))
-        enabled = vllm_config.lora_config is not None
-        adapters = Adapters(self._registry, utilities, app.state.openai_serving_models, name, enabled=enabled)
-        await adapters.sync()
-        app.include_router(adapters.routes(admin=config.gateway.admin))
-        app.include_router(Federation(self._registry.list, self._peers).routes())
-        self._service = InferenceService(app.state, status=self._status, ledger=self._ledger_of, admission=on_terms)
+        for model in config.models:
+            beside = self._models[0].app if self._models else None
+            self._models.append(await serve_model(model, shared, beside))
+        if self._series is not None:
+            names = [each.name for each in self._models]
+            self._series.show(names, tools=any(each.app.state.args.tool_call_parser for each in self._models))
+        models = Models({each.name: each.app for each in self._models})
+        adapters = [each.adapters for each in self._models]
+        models.first.include_router(adapter_routes(adapters, admin=config.gateway.admin))
+        models.first.include_router(Federation(self._registry.list, self._peers).routes())
+        self._service = InferenceService(models, status=self._status, ledger=self._ledger_of, admission=on_terms)
         _RUNNING.set_function(lambda: len(self.running()))
-        jobs = [self._renew(), self._expire(), self._watch(), adapters.follow(config.router.heartbeat_s)]
+        jobs = [self._renew(), self._expire(), self._watch()]
+        jobs += [each.follow(config.router.heartbeat_s) for each in adapters]
         if config.router.prefix_events:
             jobs.append(PrefixFollower(self._redis, config.cluster, self._prefixes).follow())
         self._jobs = [asyncio.create_task(job) for job in jobs]
+        app = models.first if len(self._models) == 1 else Dispatch(models)
         front = Front(app, self._ledgers, max_body_bytes=config.gateway.max_body_bytes)
         console = self._console(front) if config.gateway.console.enabled else None
         open_paths = console.open_paths if console is not None else ()
@@ -224,13 +197,12 @@ class Gateway:
             await self._http_task
         for job in self._jobs:
             job.cancel()
-        if self._core is not None:
-            for assignment in self._core.assignments():
+        for model in self._models:
+            for assignment in model.core.assignments():
                 await self._router.settle(assignment)
-        if self._llm is not None:
-            self._llm.shutdown()
-        if self._links is not None:
-            await self._links.close()
+            await model.close()
+        if self._series is not None:
+            self._series.close()
         if self._ops is not None:
             await asyncio.to_thread(self._ops.close)
         if self._traces is not None:
@@ -254,65 +226,18 @@ class Gateway:
 
     def running(self) -> list[str]:
         """Ids of requests that have not ended, for `assert_idle`."""
-        return self._core.running if self._core is not None else []
+        return [request_id for model in self._models for request_id in model.core.running]
 
     # Inside.
-
-    def _on_message(self, *args: Any) -> None:
-        assert self._core is not None
-        self._core.on_message(*args)
-
-    async def _on_lost(self, *args: Any) -> None:
-        assert self._core is not None
-        await self._core.on_lost(*args)
-
-    def _serving_pool(self) -> Any:
-        pools = [pool for pool in self._config.pools if pool.model == self._model.name]
-        return next((pool for pool in pools if pool.role != "prefill"), pools[0])
-
-    def _front_end_args(self, path: str, name: str, max_model_len: int) -> Any:
-        """vLLM's own arguments of its own front end."""
-        gateway = self._config.gateway
-        argv = ["--model", path, "--served-model-name", name, "--max-model-len", str(max_model_len)]
-        argv += ["--enable-request-id-headers", "--enable-prompt-tokens-details"]
-        if gateway.chat_template:
-            argv += ["--chat-template", gateway.chat_template]
-        if gateway.enable_auto_tools:
-            argv += ["--enable-auto-tool-choice"]
-        if gateway.tool_parser:
-            argv += ["--tool-call-parser", gateway.tool_parser]
-        if gateway.reasoning_parser:
-            argv += ["--reasoning-parser", gateway.reasoning_parser]
-        parser = make_arg_parser(FlexibleArgumentParser())
-        args = parser.parse_args(argv)
-        for key, value in gateway.vllm_args.items():
-            if not hasattr(args, key.replace("-", "_")):
-                raise ConfigError(f"gateway.vllm_args: vLLM's front end has no argument {key!r}")
-            setattr(args, key.replace("-", "_"), value)
-        if gateway.default_max_tokens is not None:
-            args.override_generation_config = {
-                **(args.override_generation_config or {}),
-                "max_new_tokens": gateway.default_max_tokens,
-            }
-        return args
-
-    async def _first_worker(self, model: str) -> WorkerInfo:
-        deadline = time.monotonic() + self._config.ray.start_timeout_s
-        while time.monotonic() < deadline:
-            for worker in await self._registry.list():
-                if worker.model == model:
-                    return worker
-            await asyncio.sleep(_JOIN_POLL_S)
-        raise NoWorkerError(f"no worker of {model!r} has registered: see `joinwise status` and the workers' logs")
 
     async def _renew(self) -> None:
         """Keep the leases of running requests alive."""
         while True:
             await asyncio.sleep(self._config.router.lease_s / 3)
             with contextlib.suppress(JoinwiseError):
-                if self._core is not None and (assignments := self._core.assignments()):
-                    lost = await self._router.renew(assignments)
-                    await self._router.adopt(self._core.lost_leases(set(lost)))
+                if assignments := [each for model in self._models for each in model.core.assignments()]:
+                    lost = set(await self._router.renew(assignments))
+                    await self._router.adopt(each for model in self._models for each in model.core.lost_leases(lost))
 
     async def _expire(self) -> None:
         """Bury leases that nobody renews, and workers that have gone silent."""
@@ -327,9 +252,11 @@ class Gateway:
             self._beaten = time.monotonic()
             with contextlib.suppress(JoinwiseError):
                 live = await self._registry.states()
-                self._router.observe(live)
                 workers = [each.info for each in live if each.info.role != "draining"]
-                self._served = frozenset(each.role for each in workers if each.model == self._model.public_name)
+                alone = len(self._models) == 1
+                self._served = {each.name: each.observe(workers, alone=alone) for each in self._models}
+                strangers = frozenset[str]().union(*(each.llm.strangers for each in self._models))
+                self._router.observe(tuple(each for each in live if each.info.worker_id not in strangers))
                 self._prefixes.keep({each.worker_id: each.epoch for each in workers})
             await asyncio.sleep(self._config.router.heartbeat_s)
 
@@ -357,9 +284,10 @@ class Gateway:
             return "it drains"
         if self._http is None or not self._http.started:
             return "it has not started yet"
-        if "mixed" in self._served or self._served >= {"prefill", "decode"}:
-            return self._sick()
-        return f"no worker for every role is registered, only: {', '.join(sorted(self._served)) or 'none'}"
+        if any("mixed" in roles or roles >= {"prefill", "decode"} for roles in self._served.values()):
+            return self._sick()  # requests for another model, with no worker now, get their 503 one by one
+        roles = sorted({role for each in self._served.values() for role in each})
+        return f"no worker for every role is registered, only: {', '.join(roles) or 'none'}"
 
     async def _ledger_of(self, request_id: str) -> bytes | None:
         kept = [ledger.to_json() for ledger in self._ledgers.of_call(request_id)]
@@ -377,7 +305,10 @@ class Gateway:
         )
 
     async def _kv_links(self) -> tuple[KvLinkStatus, ...]:
-        return await kv_links(await self._registry.list(), self._links) if self._links is not None else ()
+        return await kv_links(await self._registry.list(), self._models[0].links)
+
+    async def _acceptance(self) -> tuple[Acceptance, ...]:
+        return await acceptance(await self._registry.list(), Federation(self._registry.list, self._peers).ask)
 
     def _console(self, front: Front) -> Console:
         client, cluster, settings = self._redis, self._config.cluster, self._config.gateway.console
@@ -385,6 +316,7 @@ class Gateway:
             pulse=partial(take_pulse, client, cluster),
             links=self._kv_links,
             decisions=partial(latest_decisions, client, cluster),
+            acceptance=self._acceptance,
             ledgers=self._ledgers,
         )
         hello = {"cluster": cluster, "gateway": self.gateway_id, "every_s": settings.every_s}
@@ -398,11 +330,6 @@ class _Listener(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
-
-
-async def _on_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, JoinwiseError)
-    return JSONResponse(error_body(error), status_code=error.http_status, headers=error_headers(error))
 
 
 def _listen(host: str, port: int) -> socket.socket:

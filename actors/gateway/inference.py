@@ -12,7 +12,7 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import asdict
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import grpc
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -30,6 +30,7 @@ from joinwise.actors.gateway.failures import (
     status_of,
     trailer_of,
 )
+from joinwise.actors.gateway.models import Models
 from joinwise.cluster.client.types import ClusterStatus
 from joinwise.cluster.errors import InternalError, InvalidRequestError, JoinwiseError, RequestCancelledError
 from joinwise.proto import inference_pb2 as pb
@@ -59,7 +60,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     """Serves `joinwise.v1.InferenceService`.
 
     Args:
-        state: `app.state` as vLLM's `init_app_state(engine_client, state, args, ("generate",))` leaves it.
+        models: each with vLLM's `state`, as `init_app_state(engine_client, state, args, ("generate",))` leaves it.
         status: answers `ClusterStatus`; without it the call is UNIMPLEMENTED.
         ledger: gives the trailer `joinwise-ledger-bin`.
         admission: entered around every `Generate`; a JoinwiseError that it raises refuses the call.
@@ -70,13 +71,13 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 
     def __init__(
         self,
-        state: Any,
+        models: Models,
         *,
         status: StatusSource | None = None,
         ledger: LedgerSource = no_ledger,
         admission: Admission = admit_all,
     ) -> None:
-        self._state = state
+        self._models = models
         self._status = status
         self._ledger = ledger
         self._admission = admission
@@ -125,7 +126,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListModelsResponse:
         """List models, adapters after their base."""
-        cards = (await self._state.openai_serving_models.show_available_models()).data
+        cards = await self._models.cards()
         limits = {card.id: card.max_model_len for card in cards}
         fallback = max((n for n in limits.values() if n), default=0)
         models = []
@@ -173,10 +174,11 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 
     async def _serve(self, request: ChatCompletionRequest | CompletionRequest) -> AsyncGenerator[str, None]:
         """vLLM's stream of SSE strings for a request; it has been rendered, and no token been made."""
+        state = self._models.choose(request.model).state
         if isinstance(request, ChatCompletionRequest):
-            answer = await self._state.openai_serving_chat.create_chat_completion(request)
+            answer = await state.openai_serving_chat.create_chat_completion(request)
         else:
-            answer = await self._state.openai_serving_completion.create_completion(request)
+            answer = await state.openai_serving_completion.create_completion(request)
         if isinstance(answer, ErrorResponse):
             raise VllmRefusalError(answer.error.model_dump())
         return answer  # type: ignore[no-any-return]

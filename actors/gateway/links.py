@@ -108,6 +108,7 @@ class Links:
         gateway_id: this gateway process.
         on_message: called with every message of a worker.
         on_lost: called once when a link has broken, with the reason.
+        check: called before a link is opened; what it raises, `get` raises.
         certificates: the cluster's own, where its processes speak TLS.
     """
 
@@ -118,12 +119,14 @@ class Links:
         *,
         on_message: Callable[[WorkerRef, engine_pb2.AttachResponse], None],
         on_lost: Callable[[WorkerRef, str], Awaitable[None]],
+        check: Callable[[WorkerRef], Awaitable[None]] | None = None,
         certificates: Certificates | None = None,
     ) -> None:
         self._cluster = cluster
         self._gateway_id = gateway_id
         self._on_message = on_message
         self._on_lost = on_lost
+        self._check = check
         self._certificates = certificates
         self.metadata: Metadata = ()
         """Shown with every call: the cluster's token, where there is one."""
@@ -136,12 +139,15 @@ class Links:
 
         Raises:
             WorkerLostError: it cannot be opened.
+            JoinwiseError: what `check` says.
         """
         key = (worker.worker_id, worker.epoch)
         async with self._opening.setdefault(key, asyncio.Lock()):
             link = self._links.get(key)
             if link is not None and not link.broken:
                 return link
+            if self._check is not None:
+                await self._check(worker)
             link = Link(worker, self.channel(worker.engine_address))
             hello = engine_pb2.Hello(
                 protocol_version=PROTOCOL_VERSION,

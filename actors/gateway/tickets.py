@@ -121,6 +121,7 @@ class TicketOffice:
         needs: frozenset[str] = frozenset(),
         priority: int = 0,
         held: Mapping[str, Held] | None = None,
+        exclude: frozenset[str] = frozenset(),
     ) -> Ticket:
         """A ticket for `samples` equal requests of the call that runs now. Token counts are per sample.
 
@@ -128,6 +129,7 @@ class TicketOffice:
             needs: capabilities that the workers must have, beside the adapter.
             priority: as the request says; the caller's header holds where it says nothing.
             held: the prefix that workers hold, by worker.
+            exclude: ids of workers that may not be taken.
         """
         terms = call_terms.get()
         demand = Demand(
@@ -139,6 +141,7 @@ class TicketOffice:
             needs=needs | ({f"{ADAPTER_CAPABILITY}{adapter}"} if adapter else set()),
             samples=samples,
             held=held or {},
+            exclude=exclude,
             terms=replace(terms, priority=max(-MAX_PRIORITY, min(MAX_PRIORITY, priority or terms.priority))),
         )
         return Ticket(request_id, self.router, demand)

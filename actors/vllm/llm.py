@@ -1,6 +1,6 @@
 """`ClusterLLM`: vLLM's `AsyncLLM` over `ClusterCore`, with a ticket for every call of `generate`."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection
 from typing import Any, NoReturn, cast
 
 from vllm.config import VllmConfig
@@ -48,6 +48,11 @@ class ClusterLLM(AsyncLLM):
     office: TicketOffice
     prefixes: PrefixIndex | None = None
     blocks: BlockNames | None = None
+    holders: Collection[str] | None = None
+    """Workers of this model, where the index knows those of others too: equal tokens have equal names everywhere."""
+
+    strangers: frozenset[str] = frozenset()
+    """Workers that may not be taken, though the registry has them under this model's name."""
 
     def generate(  # type: ignore[override]  # vLLM's is an async generator; ours begins when it is called
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, **kwargs: Any
@@ -100,7 +105,7 @@ class ClusterLLM(AsyncLLM):
         held = None
         if self.prefixes and self.blocks is not None and checked.prompt_token_ids and checked.prompt_embeds is None:
             names = self.blocks.of(checked.prompt_token_ids, lora=lora, cache_salt=checked.cache_salt)
-            held = self.prefixes.held(names, self.blocks.block_size, MAX_HOLDERS)
+            held = self.prefixes.held(names, self.blocks.block_size, MAX_HOLDERS, self.holders)
         return self.office.ticket(
             request_id=request_id,
             prompt_tokens=len(checked.prompt_token_ids or ()) or 1,
@@ -111,6 +116,7 @@ class ClusterLLM(AsyncLLM):
             needs=split.needs_of(checked_params, has_embeds=checked.prompt_embeds is not None),
             priority=int(given.get("priority") or 0),
             held=held,
+            exclude=self.strangers,
         )
 
 

@@ -13,7 +13,7 @@ import base64
 import contextlib
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,13 +64,16 @@ class PrefixIndex:
     def __bool__(self) -> bool:
         return bool(self._holders)
 
-    def held(self, blocks: Iterable[int], block_size: int, most: int) -> dict[str, Held]:
+    def held(
+        self, blocks: Iterable[int], block_size: int, most: int, among: Collection[str] | None = None
+    ) -> dict[str, Held]:
         """The longest prefix that each worker holds.
 
         Args:
             blocks: numbers of a prompt's full blocks, in order; taken only as far as somebody holds them.
             block_size: tokens of one.
             most: workers to return, those with the longest prefixes.
+            among: the only workers that count; None: all do.
         """
         found: dict[str, int] = {}
         holders: set[str] | None = None
@@ -81,6 +84,8 @@ class PrefixIndex:
                 break
             for worker in holders:
                 found[worker] = depth
+        if among is not None:
+            found = {worker: depth for worker, depth in found.items() if worker in among}
         longest = sorted(found.items(), key=lambda item: -item[1])[:most]
         return {worker: Held(self._workers[worker].epoch, depth * block_size) for worker, depth in longest}
 

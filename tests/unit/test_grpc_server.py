@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator
+from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,9 @@ from joinwise.cluster.config import GatewayConfig
 from joinwise.cluster.errors import (
     ConfigError,
     ForbiddenError,
+    InvalidRequestError,
     JoinwiseError,
+    ModelNotFoundError,
     OverloadedError,
     UnauthorizedError,
     WorkerLostError,
@@ -34,11 +37,21 @@ MODEL = "small"
 class Serving:
     """In place of vLLM's serving objects: lists one model, and fails as an engine client below vLLM would."""
 
+    def __init__(self, name: str = MODEL) -> None:
+        self.name, self.lora_requests, self.asked = name, {f"{name}-lora": None}, 0
+
     async def show_available_models(self) -> Any:
-        return SimpleNamespace(data=[SimpleNamespace(id=MODEL, parent=None, max_model_len=1024)])
+        return SimpleNamespace(data=[SimpleNamespace(id=self.name, parent=None, max_model_len=1024)])
 
     async def create_completion(self, request: Any, raw_request: Any = None) -> Any:
+        from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+
         from joinwise.actors.gateway.failures import note_error
+
+        if request.model not in (None, self.name, *self.lora_requests):
+            message = f"The model `{request.model}` does not exist."
+            return create_error_response(message, "NotFoundError", HTTPStatus.NOT_FOUND)
+        self.asked += 1
 
         async def chunks() -> AsyncIterator[str]:
             note_error(WorkerLostError("decode worker d0 is gone", retry_after_s=1))
@@ -66,6 +79,18 @@ class Admission:
             self.inside -= 1
 
 
+def service_of(*servings: Serving, **options: Any) -> Any:
+    """The service of a gateway with these models."""
+    from joinwise.actors.gateway.inference import InferenceService
+    from joinwise.actors.gateway.models import Models
+
+    fronts: Any = {
+        each.name: SimpleNamespace(state=SimpleNamespace(openai_serving_models=each, openai_serving_completion=each))
+        for each in servings
+    }
+    return InferenceService(Models(fronts), **options)
+
+
 @pytest.fixture
 def admission() -> Admission:
     return Admission()
@@ -73,11 +98,7 @@ def admission() -> Admission:
 
 @pytest.fixture
 def service(admission: Admission) -> Any:
-    from joinwise.actors.gateway.inference import InferenceService
-
-    serving = Serving()
-    state = SimpleNamespace(openai_serving_models=serving, openai_serving_completion=serving)
-    return InferenceService(state, admission=admission)
+    return service_of(Serving(), admission=admission)
 
 
 @pytest.fixture
@@ -103,6 +124,25 @@ async def test_an_error_below_vllm_keeps_its_class(client: AsyncClient, admissio
         await client.generate("x")
     assert caught.value.retry_after_s == 1
     assert admission.inside == 0
+
+
+async def test_the_model_chooses_among_several() -> None:
+    from joinwise.actors.gateway.grpc_server import GrpcOptions, serve_grpc
+
+    one, other = Serving("one"), Serving("other")
+    server = await serve_grpc(service_of(one, other), GrpcOptions(port=0))
+    async with AsyncClient(f"127.0.0.1:{server.port}", timeout=30) as client:
+        assert [model.name for model in await client.models()] == ["one", "other"]
+        for name, asked in (("one", (1, 0)), ("other", (1, 1)), ("other-lora", (1, 2)), ("one-lora", (2, 2))):
+            with pytest.raises(WorkerLostError):
+                await client.generate("x", model=name)
+            assert (one.asked, other.asked) == asked
+        with pytest.raises(ModelNotFoundError, match="`third` does not exist"):
+            await client.generate("x", model="third")
+        with pytest.raises(InvalidRequestError, match="one of one, other"):
+            await client.generate("x")
+        assert (one.asked, other.asked) == (2, 2)
+    await server.stop(0)
 
 
 async def test_api_keys(service: Any, tmp_path: Path) -> None:

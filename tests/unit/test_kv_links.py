@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -16,6 +15,7 @@ from joinwise.actors.engine_service import EngineService, WorkerIdentity
 from joinwise.actors.gateway.inference import InferenceService
 from joinwise.actors.gateway.kv_links import kv_links
 from joinwise.actors.gateway.links import Links
+from joinwise.actors.gateway.models import Models
 from joinwise.actors.kv.links import Link, LinkStatus, LinkTable, merged
 from joinwise.actors.kv.metrics import KvFigures, KvMetrics
 from joinwise.cluster.client.types import ClusterStatus, KvLinkStatus, WorkerStatus
@@ -245,7 +245,7 @@ async def test_all_of_it_reaches_the_client() -> None:
     async def now() -> ClusterStatus:
         return snapshot
 
-    service = InferenceService(SimpleNamespace(), status=now)
+    service = InferenceService(Models({}), status=now)
     answer = await service.ClusterStatus(inference_pb2.ClusterStatusRequest(), None)  # type: ignore[arg-type]
     assert read_status(inference_pb2.ClusterStatusResponse.FromString(answer.SerializeToString())) == snapshot
 

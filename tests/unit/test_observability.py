@@ -134,7 +134,7 @@ def worker() -> Iterator[Any]:
 def info(worker_id: str, port: int) -> Any:
     from types import SimpleNamespace
 
-    return SimpleNamespace(worker_id=worker_id, pool="decode", metrics_address=f"127.0.0.1:{port}")
+    return SimpleNamespace(worker_id=worker_id, pool="decode", model="m", metrics_address=f"127.0.0.1:{port}")
 
 
 async def test_federate(worker: OpsServer) -> None:
@@ -164,11 +164,12 @@ async def test_federate_over_tls(tmp_path: Path) -> None:
             return [info("d-0", server.port)]
 
         assert (
-            'joinwise:federated{pool="decode",worker="d-0"} 1.0'
+            'joinwise:federated{model="m",pool="decode",worker="d-0"} 1.0'
             in (await Federation(workers, certificates).merged()).decode()
         )
         assert (
-            'joinwise:federated{pool="decode",worker="d-0"} 0.0' in (await Federation(workers, None).merged()).decode()
+            'joinwise:federated{model="m",pool="decode",worker="d-0"} 0.0'
+            in (await Federation(workers, None).merged()).decode()
         )
     finally:
         server.close()

@@ -42,6 +42,17 @@ def test_the_longest_prefix_of_each_worker() -> None:
     assert index.held([], 32, 10) == {}
 
 
+def test_workers_of_another_model_hold_nothing() -> None:
+    """Two models with one vocabulary have equal names for equal prompts."""
+    index = PrefixIndex()
+    index.apply(event(1, [1, 2, 3]))
+    index.apply(event(1, [1, 2], w="v"))
+    assert index.held([1, 2, 3], 1, 1, {"v"}) == {"v": Held(1, 2)}
+    assert index.held([1, 2, 3], 1, 1, set()) == {}
+    assert index.held([1, 2, 3], 1, 1, {"elsewhere"}) == {}
+    assert index.held([1, 2, 3], 1, 1) == {"w": Held(1, 3)}
+
+
 def test_blocks_are_taken_only_as_far_as_somebody_holds_them() -> None:
     index = PrefixIndex()
     index.apply(event(1, [1, 2]))
