@@ -305,7 +305,7 @@ class Gateway:
         )
 
     async def _kv_links(self) -> tuple[KvLinkStatus, ...]:
-        return await kv_links(await self._registry.list(), self._models[0].links)
+        return await kv_links(await self._registry.list(), self._models[0].links) if self._models else ()
 
     async def _acceptance(self) -> tuple[Acceptance, ...]:
         return await acceptance(await self._registry.list(), Federation(self._registry.list, self._peers).ask)

@@ -85,7 +85,9 @@ class ServedModel:
         self.llm.holders = None if alone else frozenset(each.worker_id for each in own)
         strangers = frozenset(each.worker_id for each in named) - {each.worker_id for each in own}
         if strangers - self.llm.strangers:
-            logger.error("not used, since their files are not those of %r here: %s", self.name, ", ".join(strangers))
+            logger.error(
+                "not used, since their files are not those of %r here: %s", self.name, ", ".join(sorted(strangers))
+            )
         self.llm.strangers = strangers
         return frozenset(each.role for each in own)
 
