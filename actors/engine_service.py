@@ -18,8 +18,8 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.engine import EngineCoreOutputs, EngineCoreRequest
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
+from joinwise.actors.kv.fetching import FetchReport
 from joinwise.actors.kv.metrics import KvMetrics
-from joinwise.actors.kv.receiving import FetchReport
 from joinwise.actors.vllm import connector
 from joinwise.actors.vllm.connector import ports
 from joinwise.actors.vllm.engine_loop import UTILITIES, EngineLoop

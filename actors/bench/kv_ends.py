@@ -17,12 +17,13 @@ import xxhash
 
 from joinwise.actors.kv.blocks import KvBlocks
 from joinwise.actors.kv.client import KvClient
+from joinwise.actors.kv.fetching import Fetch
 from joinwise.actors.kv.frames import SealedHeader
 from joinwise.actors.kv.lanes.kinds import KINDS
 from joinwise.actors.kv.lanes.lane import LaneOptions
 from joinwise.actors.kv.lanes.pool import LanePool
 from joinwise.actors.kv.lanes.server import LaneServer
-from joinwise.actors.kv.receiving import Fetch, FetchSpec, LandingBudget
+from joinwise.actors.kv.receiving import FetchSpec, LandingBudget
 from joinwise.actors.kv.sending import SendTable, SendTransfer
 from joinwise.actors.kv.server import KvServer
 

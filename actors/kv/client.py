@@ -14,12 +14,13 @@ from joinwise.actors.auth import bearer
 from joinwise.actors.kv import layout
 from joinwise.actors.kv.blocks import KvBlocks
 from joinwise.actors.kv.codecs import CodecChoice
+from joinwise.actors.kv.fetching import Fetch, FetchReport
 from joinwise.actors.kv.frames import FrameRefusedError
 from joinwise.actors.kv.lanes.lane import LaneClosedError, LaneRefusedError, ReceiveLane
 from joinwise.actors.kv.lanes.pool import LanePool
 from joinwise.actors.kv.layout import PeerPlan
 from joinwise.actors.kv.links import Link, LinkStatus, LinkTable, Preference, preference, settle
-from joinwise.actors.kv.receiving import Fetch, FetchReport, FetchSpec, Importer, LandingBudget
+from joinwise.actors.kv.receiving import FetchSpec, Importer, LandingBudget
 from joinwise.actors.kv.server import CHANNEL_OPTIONS, FETCH, LAYOUT, LONGEST_FETCH_S, STALE_INSTANCE
 from joinwise.actors.kv.stalls import Stalls
 from joinwise.actors.kv.streams import Stream, receive, receive_on_lane

@@ -13,9 +13,8 @@ from dataclasses import replace
 import torch
 
 from joinwise.actors.kv.blocks import KvBlocks
-from joinwise.actors.kv.layout import PeerPlan, dtype_of
+from joinwise.actors.kv.layout import CODECS, PeerPlan, dtype_of
 from joinwise.actors.kv.links import Link
-from joinwise.actors.kv.receiving import CODECS
 from joinwise.kernels import kv_codec
 
 AUTO = "auto"

@@ -18,6 +18,13 @@ from joinwise.proto import kv_pb2
 
 WHOLE = kv_pb2.ENCODING_BLOCKS
 PLAIN = kv_pb2.ENCODING_PLAIN
+CODECS: dict[int, str] = {
+    PLAIN: "none",
+    kv_pb2.ENCODING_INT8: "int8",
+    kv_pb2.ENCODING_FP8: "fp8",
+    kv_pb2.ENCODING_LOSSLESS: "lossless",
+}
+"""The codec of each canonical encoding."""
 
 
 class LayoutMismatchError(ValueError):

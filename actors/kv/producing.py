@@ -8,8 +8,7 @@ import torch
 
 from joinwise.actors.kv.blocks import KvBlocks
 from joinwise.actors.kv.frames import FLAG_END, MAX_EXPOSED_US, FrameHeader, seal, transfer_tag
-from joinwise.actors.kv.layout import WHOLE
-from joinwise.actors.kv.receiving import CODECS
+from joinwise.actors.kv.layout import CODECS, WHOLE
 from joinwise.actors.kv.sending import SendTransfer
 from joinwise.kernels import kv_codec, kv_hash
 

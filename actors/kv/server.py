@@ -18,9 +18,8 @@ from joinwise.actors.kv.blocks import KvBlocks
 from joinwise.actors.kv.codecs import CodingSpeeds
 from joinwise.actors.kv.lanes.lane import LaneClosedError
 from joinwise.actors.kv.lanes.server import LaneServer
-from joinwise.actors.kv.layout import WHOLE, LayoutMismatchError, dtype_of
+from joinwise.actors.kv.layout import CODECS, WHOLE, LayoutMismatchError, dtype_of
 from joinwise.actors.kv.producing import FrameProducer, TransferEndedError, Wanted
-from joinwise.actors.kv.receiving import CODECS
 from joinwise.actors.kv.sending import NoSuchTransferError, SendTable, SendTransfer, WrongEpochError
 from joinwise.proto import kv_pb2
 

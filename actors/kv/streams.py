@@ -8,11 +8,12 @@ from typing import Any
 
 import grpc
 
+from joinwise.actors.kv.fetching import FetchReport
 from joinwise.actors.kv.frames import FrameRefusedError, parse
 from joinwise.actors.kv.lanes.lane import LaneClosedError, ReceiveLane
-from joinwise.actors.kv.layout import PLAIN, WHOLE
+from joinwise.actors.kv.layout import CODECS, PLAIN, WHOLE
 from joinwise.actors.kv.links import Link
-from joinwise.actors.kv.receiving import CODECS, FetchReport, Importer
+from joinwise.actors.kv.receiving import Importer
 from joinwise.proto import kv_pb2
 
 _LAST_WORD_S = 1.0

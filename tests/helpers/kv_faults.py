@@ -21,11 +21,11 @@ from helpers.kv_interiors import cpu_amx, cpu_vec
 from helpers.kv_rig import Fetch, Receiver, Sender, eventually
 
 from joinwise.actors.kv.blocks import KvBlocks
+from joinwise.actors.kv.fetching import Fetch as KvFetch
 from joinwise.actors.kv.frames import FLAG_END, FrameRefusedError, parse, seal
 from joinwise.actors.kv.lanes.lane import LaneClosedError
 from joinwise.actors.kv.layout import WHOLE, LayerGeometry, LayoutMismatchError
 from joinwise.actors.kv.producing import Frame, FrameProducer, Wanted
-from joinwise.actors.kv.receiving import Fetch as KvFetch
 from joinwise.actors.kv.receiving import Importer
 from joinwise.actors.kv.sending import SendTransfer
 

@@ -12,13 +12,14 @@ import torch
 
 from joinwise.actors.kv.blocks import KvBlocks
 from joinwise.actors.kv.client import KvClient
+from joinwise.actors.kv.fetching import Fetch as KvFetch
+from joinwise.actors.kv.fetching import FetchReport
 from joinwise.actors.kv.frames import FLAG_END, HEADER_BYTES, FrameHeader, parse, split
 from joinwise.actors.kv.lanes.lane import LaneOptions
 from joinwise.actors.kv.lanes.pool import LanePool
 from joinwise.actors.kv.lanes.server import LaneServer
 from joinwise.actors.kv.lanes.tcp import TcpSend
-from joinwise.actors.kv.receiving import Fetch as KvFetch
-from joinwise.actors.kv.receiving import FetchReport, FetchSpec, Importer, LandingBudget
+from joinwise.actors.kv.receiving import FetchSpec, Importer, LandingBudget
 from joinwise.actors.kv.sending import SendTable, SendTransfer
 from joinwise.actors.kv.server import FETCH, LAYOUT, KvServer
 from joinwise.kernels import kv_hash

@@ -13,10 +13,11 @@ from helpers.kv_rig import BLOCK_SIZE, LAYERS, eventually, make_caches
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 
 from joinwise.actors.kv.blocks import KvBlocks
+from joinwise.actors.kv.fetching import Fetch, FetchReport
 from joinwise.actors.kv.frames import FrameRefusedError
 from joinwise.actors.kv.layout import plan
 from joinwise.actors.kv.links import LinkStatus
-from joinwise.actors.kv.receiving import Fetch, FetchReport, FetchSpec, Importer, LandingBudget
+from joinwise.actors.kv.receiving import FetchSpec, Importer, LandingBudget
 from joinwise.actors.vllm.connector.metadata import OpenSend, SendStep, StepMetadata
 from joinwise.actors.vllm.connector.worker import KvSettings, WorkerConnector
 

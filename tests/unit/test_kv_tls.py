@@ -10,7 +10,8 @@ import pytest
 from helpers.certificates import Authority
 from helpers.kv_rig import BLOCK_SIZE, eventually, make_caches
 
-from joinwise.actors.kv.receiving import FetchReport, FetchSpec
+from joinwise.actors.kv.fetching import FetchReport
+from joinwise.actors.kv.receiving import FetchSpec
 from joinwise.actors.tls import Certificates
 from joinwise.actors.vllm.connector.metadata import OpenSend, SendStep, StepMetadata
 from joinwise.actors.vllm.connector.worker import KvSettings, WorkerConnector

@@ -15,7 +15,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import KVConnectorOutput
 
-from joinwise.actors.kv.receiving import FetchReport
+from joinwise.actors.kv.fetching import FetchReport
 from joinwise.actors.vllm.connector.metadata import StepMetadata, StepReports
 from joinwise.actors.vllm.connector.scheduler import SchedulerConnector
 from joinwise.actors.vllm.connector.worker import WorkerConnector

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
-from joinwise.actors.kv.receiving import FetchReport, FetchSpec
+from joinwise.actors.kv.fetching import FetchReport
+from joinwise.actors.kv.receiving import FetchSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import KVConnectorOutput
 
-from joinwise.actors.kv.receiving import FetchReport, FetchSpec
+from joinwise.actors.kv.fetching import FetchReport
+from joinwise.actors.kv.receiving import FetchSpec
 from joinwise.actors.vllm.connector.metadata import OpenSend, SendStep, StepMetadata, StepReports
 from joinwise.actors.vllm.handoff import Handoff
 

@@ -19,13 +19,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransfe
 
 from joinwise.actors.kv.blocks import KvBlocks
 from joinwise.actors.kv.client import KvClient
+from joinwise.actors.kv.fetching import Fetch, FetchReport
 from joinwise.actors.kv.frames import FrameRefusedError
 from joinwise.actors.kv.lanes.lane import LaneOptions
 from joinwise.actors.kv.lanes.pool import LanePool
 from joinwise.actors.kv.lanes.server import LaneServer
 from joinwise.actors.kv.layout import LayerGeometry, LayoutMismatchError
 from joinwise.actors.kv.links import LinkStatus
-from joinwise.actors.kv.receiving import Fetch, FetchReport, FetchSpec, LandingBudget
+from joinwise.actors.kv.receiving import FetchSpec, LandingBudget
 from joinwise.actors.kv.sending import SendTable, SendTransfer
 from joinwise.actors.kv.server import KvServer
 from joinwise.actors.tls import peers
