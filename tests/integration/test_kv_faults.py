@@ -74,7 +74,7 @@ async def _aborted(both: Pair, question: Question, dice: random.Random) -> None:
 async def _round(index: int, both: Pair, prefill: RawGateway, decode: RawGateway, peer: str) -> str:
     dice = random.Random(f"{SEED}/{index}")
     fault = FAULTS[index % len(FAULTS)]
-    prompts = [[dice.randint(1, 900) for _ in range(dice.randint(10, 400))] for _ in range(3)]
+    prompts = [[dice.randint(1, 900) for _ in range(dice.randint(10, 200))] for _ in range(3)]
     try:
         bystanders = [
             asyncio.ensure_future(both.equal(_question(f"round {index} of seed {SEED}", each))) for each in prompts[1:]
