@@ -42,15 +42,20 @@ def plan(
     limit: LimitOption = 2000,
     check: Annotated[bool, typer.Option(help="Run what is recommended once more, with the router that serves.")] = True,
     yaml: Annotated[Path | None, typer.Option(help="Write the recommended joinwise.yaml.", show_default=False)] = None,
+    helm: Annotated[Path | None, typer.Option(help="Write Helm values of it.", show_default=False)] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with plots.", show_default=False)] = None,
     json: Annotated[Path | None, typer.Option(help="Write figures to this file.", show_default=False)] = None,
 ) -> None:
     """Find the cluster that keeps the nine objectives at the least cost, or the most traffic for a budget."""
     from rich.console import Console
 
     from joinwise.cluster.errors import ConfigError
-    from joinwise.cluster.plan.recommend import configuration, headroom
+    from joinwise.cluster.plan.page import Story, page
+    from joinwise.cluster.plan.recommend import configuration, headroom, helm_values
     from joinwise.cluster.plan.search import Search
+    from joinwise.cluster.simulate.outages import Failures
     from joinwise.cluster.simulate.run import simulate, write
+    from joinwise.cluster.simulate.simulator import MODELS
     from joinwise.cluster.simulate.trace import parse
 
     if iso not in ("throughput", "cost", "power") or (budget is None) != (iso == "throughput"):
@@ -60,10 +65,14 @@ def plan(
     names = [measured.kind(name).name for name in dict.fromkeys(kinds.split(","))]
     console = Console(stderr=True)
 
-    def measure(pools: Sequence[PoolSpec], times: float) -> Mapping[str, float]:
-        status.update(f"{', '.join(map(str, pools))} at {times:g} times the rate")
+    def measure(pools: Sequence[PoolSpec], times: float, home: str | None = None, lost: int = 0) -> Mapping[str, float]:
+        """Figures of a cluster, of which machines may die in the middle of the trace for good."""
+        failing = f", {lost} of {home} fail" if lost else ""
+        status.update(f"{', '.join(map(str, pools))} at {times:g} times the rate{failing}")
         policy = "token_jsq" if pools[0].home == "mixed" else "splitwise"
-        return simulate(requests.scaled(times), pools, measured, model=model, policy=policy).figures
+        arrivals = requests.scaled(times)
+        failures = [Failures(at=arrivals.seconds / 3, pool=home, machines=lost)] if lost else []
+        return simulate(arrivals, pools, measured, model=model, policy=policy, failures=failures).figures
 
     search = Search(requests, measured, measure)
     with console.status("planning") as status:
@@ -74,7 +83,8 @@ def plan(
             unit = {name: getattr(measured.kind(name), "price" if iso == "cost" else "power") for name in names}
             found = search.iso_budget(names, budget or 0.0, unit.__getitem__, most_rate)
             best = found.fastest()
-        spare = headroom(search, best)
+        fails = model in MODELS and MODELS[model].fails
+        spare = headroom(search, best, failing=measure if fails else None)
         status.update("checking with the router")
         live = simulate(requests.scaled(best.rate), best.pools, measured, model=model, policy="auto") if check else None
     Console().print(render(found, best, spare, requests.rate))
@@ -83,6 +93,14 @@ def plan(
         Console().print(f"the router that serves {verdict} the nine objectives on it")
     if yaml is not None:
         yaml.write_text(configuration(best, llm), encoding="utf-8")
+    if helm is not None:
+        helm.write_text(helm_values(best, llm), encoding="utf-8")
+    if html is not None:
+        kept = bool(live.figures["slo_all_nine"]) if live else None
+        command = f"joinwise plan --trace {trace} --kinds {kinds} --iso {iso} --model {model} --llm {llm}"
+        tried = list(search.tried.values())
+        story = Story(requests.name, requests.rate, iso, best, spare, tried, kept, command)
+        html.write_text(page(found, story), encoding="utf-8")
     if json is not None:
         write(
             json,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import yaml
+from helpers.chart import Rendered, validate, validate_rayservice
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -15,7 +17,8 @@ from typer.testing import CliRunner
 from joinwise.cluster.cli.main import app
 from joinwise.cluster.config_model import JoinwiseConfig
 from joinwise.cluster.errors import ConfigError
-from joinwise.cluster.plan.recommend import configuration, headroom
+from joinwise.cluster.plan.page import Story, page, reasons
+from joinwise.cluster.plan.recommend import configuration, headroom, helm_values
 from joinwise.cluster.plan.search import Candidate, Plan, Search, dominates
 from joinwise.cluster.plan.space import Shape, machines, price, prompt_share, shapes, work
 from joinwise.cluster.simulate import profile as profiles
@@ -131,6 +134,23 @@ def test_headroom_is_what_every_pool_can_lose() -> None:
     assert headroom(hunt, hunt.look(Shape("h100", "h100", mixed=True), 12, 0)) == 2
 
 
+def test_headroom_is_measured_while_machines_die() -> None:
+    hunt, _ = search(prefill=4, decode=2, whole=10)
+    best = hunt.look(Shape("h100", "h100"), 6, 4)
+    asked = []
+
+    def failing(pools: Sequence[PoolSpec], rate: float, home: str, lost: int) -> Mapping[str, float]:
+        asked.append((home, lost))
+        bad = (home, lost) == ("decode", 2)
+        return {**verdict(tbt=1.5 if bad else 0.5), "refused": 0.0}
+
+    assert headroom(hunt, best, failing=failing) == 1
+    assert asked == [("prefill", 1), ("decode", 1), ("prefill", 2), ("decode", 2)]
+    assert headroom(hunt, best, failing=lambda *_: {**verdict(), "refused": 1.0}) == 0
+    assert headroom(hunt, best, failing=lambda *_: verdict()) == 3
+    assert headroom(hunt, hunt.look(Shape("h100", "h100"), 1, 9), failing=lambda *_: verdict()) == 0
+
+
 POINTS = st.lists(
     st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5), st.booleans()), min_size=1, max_size=25
 )
@@ -169,19 +189,98 @@ def test_the_configuration_is_one() -> None:
     ]
 
 
+def test_the_values_are_those_of_the_chart() -> None:
+    hunt, _ = search()
+    values = yaml.safe_load(helm_values(hunt.look(Shape("h100", "a100"), 5, 3), "bloom-176b"))
+    rendered = Rendered(values)
+    validate(rendered)
+    assert [(pool["name"], pool["replicas"]) for pool in values["pools"]] == [("prefill-h100", 5), ("decode-a100", 3)]
+    group = rendered.groups["prefill-h100"]
+    assert group["replicas"] == 5
+    assert group["template"]["spec"]["nodeSelector"] == {"joinwise.io/kind": "h100"}
+    validate_rayservice(rendered)
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+class Reader(HTMLParser):
+    """What a browser would have to load, the numbers that a drawing is made of, and whether tags match."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loads: list[str] = []
+        self.numbers: list[float] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "rect", "line"):
+            self.open.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href") or "url(" in (value or ""):
+                self.loads.append(f"{tag} {name}")
+            if name in ("cx", "cy", "x", "y", "width", "r", "x1", "x2") and value:
+                self.numbers.append(float(value))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if self.open and self.open[-1] == tag:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.mark.parametrize("iso", ["throughput", "cost"])
+def test_a_page_loads_nothing_and_says_what_was_found(iso: str) -> None:
+    hunt, _ = search(whole=20)
+    found = hunt.iso_throughput(["h100", "a100"], 32)
+    best, tried = found.cheapest(), list(hunt.tried.values())
+    text = page(found, Story("<a&b>", 20.0, iso, best, 3, tried, False, "joinwise plan --kinds 'x<y'"))
+    read = Reader(text)
+    assert read.open == [] and read.loads == [] and "<script" not in text and "http" not in text
+    assert "<a&b>" in read.text and "x<y" in read.text
+    assert str(best) in read.text and "or more" in read.text and "misses the nine objectives" in read.text
+    assert read.text.count("misses one") == 1 and f"{len(tried)} clusters" in read.text
+    assert text.count('class="front"') == len(found.front)
+    assert text.count('class="met" cx') + text.count('class="missed"') == len(tried)
+    assert all(-1 <= number <= 640 for number in read.numbers)
+    assert len([line for line in SLOS for _ in PERCENTILES]) == text.count('<rect class="met"')
+
+
+def test_reasons_know_what_else_there_was() -> None:
+    hunt, _ = search(whole=20)
+    found = hunt.iso_throughput(["h100"], 32)
+    best = found.cheapest()
+    story = Story("t", 1.0, "throughput", best, 0, [], None, "")
+    assert reasons(found, story)[0].startswith("Split: the best that does otherwise costs 2.50 times")
+    alone = Plan([best])
+    assert "no cluster of machines that do everything" in reasons(alone, story)[0]
+    assert len(reasons(alone, story)) == 2  # the router was not asked
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
 def test_a_plan_from_a_trace(tmp_path: Path) -> None:
     options = ["--trace", "poisson:rate=6,seconds=20", "--kinds", "h100", "--most", "12", "--limit", "150"]
     out, config = tmp_path / "out.json", tmp_path / "joinwise.yaml"
-    ran = CliRunner().invoke(app, ["plan", *options, "--json", str(out), "--yaml", str(config)])
+    values, drawn = tmp_path / "values.yaml", tmp_path / "plan.html"
+    written_to = ["--json", str(out), "--yaml", str(config), "--helm", str(values), "--html", str(drawn)]
+    ran = CliRunner().invoke(app, ["plan", *options, *written_to])
     assert ran.exit_code == 0, ran.output
     written = json.loads(out.read_text())
     figures = written["figures"]
     assert 1 <= figures["machines"] <= 12 and figures["price_per_hour"] == figures["machines"] * 38
     assert {row["shape"] for row in written["rows"]} == {"h100, whole", "h100 + h100"}
     assert sum(pool["replicas"] for pool in yaml.safe_load(config.read_text())["pools"]) == figures["machines"]
+    assert sum(pool["replicas"] for pool in yaml.safe_load(values.read_text())["pools"]) == figures["machines"]
+    assert Reader(drawn.read_text()).open == []
     assert "recommended:" in ran.output and "the router that serves" in ran.output
 
 
