@@ -60,6 +60,7 @@ async def build(site: Site) -> None:
     for number in range(4):
         transport = "shm" if number < 2 else "tcp"
         await site.add(f"decode-{number}", "decode", "decode", CODER, step_ms=24 + 3 * number, transport=transport)
+    await site.add("fast-0", "decode", "fast", CODER, step_ms=34, transport="tcp", speculates=True)
     for number in range(2):
         await site.add(f"chat-{number}", "mixed", "chat", CHAT, prefill_tokens_per_s=21_000, step_ms=9)
 

@@ -16,6 +16,7 @@ from contextvars import Context
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from joinwise.actors.gateway.acceptance import Acceptance
 from joinwise.actors.gateway.ledgers import Ledgers
 from joinwise.cluster.client.types import KvLinkStatus
 from joinwise.cluster.errors import JoinwiseError, OverloadedError
@@ -25,7 +26,7 @@ from joinwise.cluster.router.why import Decision
 
 logger = logging.getLogger(__name__)
 
-_LINKS_EVERY_S = 3.0  # each worker is asked for them
+_ASK_EVERY_S = 3.0  # each worker is asked
 _DECISIONS = 40
 _REQUESTS = 60
 _WORKERS = 240
@@ -41,12 +42,14 @@ class Sources:
         pulse: workers, queue and rates, as `joinwise top` shows them.
         links: how KV crosses between workers, as `joinwise status` shows it; asks each of them.
         decisions: the last so many, oldest first, as `joinwise explain` shows them.
+        acceptance: of drafts, by worker; asks each that speculates.
         ledgers: of this gateway's requests.
     """
 
     pulse: Callable[[], Awaitable[Pulse]]
     links: Callable[[], Awaitable[Sequence[KvLinkStatus]]]
     decisions: Callable[[int], Awaitable[Sequence[Decision]]]
+    acceptance: Callable[[], Awaitable[Sequence[Acceptance]]]
     ledgers: Ledgers
 
 
@@ -152,7 +155,7 @@ class Feed:
     async def _read(self) -> None:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._repeat(self._look, self._every_s))
-            group.create_task(self._repeat(self._look_at_links, max(_LINKS_EVERY_S, self._every_s)))
+            group.create_task(self._repeat(self._ask_workers, max(_ASK_EVERY_S, self._every_s)))
 
     async def _repeat(self, look: Callable[[], Awaitable[None]], every_s: float) -> None:
         while True:
@@ -177,8 +180,9 @@ class Feed:
         ended, self._ended = min(_REQUESTS, ledgers.added - self._ended), ledgers.added
         self._tell_list("requests", self._requests, [each.to_json() for each in ledgers.latest(ended)])
 
-    async def _look_at_links(self) -> None:
+    async def _ask_workers(self) -> None:
         self._tell_state("links", [asdict(each) for each in await self.sources.links()])
+        self._tell_state("acceptance", [asdict(each) for each in await self.sources.acceptance()])
 
     def _tell_state(self, name: str, data: Any) -> None:
         frame = self._state[name] = _frame(name, data)

@@ -19,13 +19,16 @@ from typing import Any
 
 import grpc
 import uvicorn
+from prometheus_client import CollectorRegistry, Counter, start_http_server
 from redis.asyncio import Redis
 from vllm.v1.engine import EngineCoreEvent, EngineCoreEventType, EngineCoreOutput
 
 from joinwise.actors.engine_service import EngineService, WorkerIdentity
+from joinwise.actors.gateway.acceptance import acceptance
 from joinwise.actors.gateway.audit import Audit
 from joinwise.actors.gateway.console import Console
 from joinwise.actors.gateway.console_feed import Feed, Sources
+from joinwise.actors.gateway.federate import Federation
 from joinwise.actors.gateway.front import Front
 from joinwise.actors.gateway.guard import Guard
 from joinwise.actors.gateway.identity import Authenticator
@@ -44,6 +47,24 @@ from joinwise.proto import engine_pb2, engine_pb2_grpc
 _BLOCK = 16
 
 
+class Drafts:
+    """vLLM's counters of an engine that speculates."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        names = ("draft_tokens", "accepted_tokens", "drafts")
+        self.drafted, self.accepted, self.steps = (
+            Counter(f"vllm:spec_decode_num_{name}", name, ["engine"], registry=self.registry).labels("0")
+            for name in names
+        )
+
+    def step(self, drafted: int, accepted: int) -> None:
+        """One sequence's drafts were verified."""
+        self.drafted.inc(drafted)
+        self.accepted.inc(accepted)
+        self.steps.inc()
+
+
 @dataclass
 class Worker:
     """A worker that is only told of: its speeds, and what is there of its state."""
@@ -54,6 +75,7 @@ class Worker:
     transport: str = "shm"
     links: LinkTable = field(default_factory=LinkTable)
     prefilling: asyncio.Lock = field(default_factory=asyncio.Lock)
+    drafts: Drafts | None = None
     running: int = 0
     waiting: int = 0
     kv_tokens: int = 0
@@ -94,10 +116,12 @@ class Site:
         self.cluster, self.url = cluster, ""
         self._links = Links(cluster, "gateway", on_message=lambda *_: None, on_lost=self._on_lost)
         self._servers: list[grpc.aio.Server] = []
+        self._metrics: list[Any] = []
         sources = Sources(
             pulse=partial(take_pulse, redis, cluster),
             links=self._kv_links,
             decisions=partial(latest_decisions, redis, cluster),
+            acceptance=self._acceptance,
             ledgers=self.ledgers,
         )
         console = settings.console
@@ -108,9 +132,12 @@ class Site:
         )
         self.app = Guard(self.console, Authenticator(settings), settings.limits, Audit(None), self.console.open_paths)
 
-    async def add(self, worker_id: str, role: str, pool: str, model: str, **more: Any) -> Worker:
-        """Register a worker, and let it answer about its links."""
+    async def add(
+        self, worker_id: str, role: str, pool: str, model: str, *, speculates: bool = False, **more: Any
+    ) -> Worker:
+        """Register a worker, and let it answer about its links, and about its drafts."""
         speeds = {key: more.pop(key) for key in ("prefill_tokens_per_s", "step_ms", "transport") if key in more}
+        drafts = Drafts() if speculates else None
         server = grpc.aio.server()
         port = server.add_insecure_port("127.0.0.1:0")
         info = WorkerInfo(
@@ -124,8 +151,8 @@ class Site:
                 "model_digest": model,
                 "engine_address": f"127.0.0.1:{port}",
                 "kv_address": f"{worker_id}:9000",
-                "metrics_address": "127.0.0.1:1",
-                "capabilities": frozenset({"replay"}),
+                "metrics_address": "127.0.0.1:1" if drafts is None else self._tell(drafts),
+                "capabilities": frozenset({"replay"} if drafts is None else ()),
                 "kv_layout": model,
                 "max_model_len": 32768,
                 "block_size": _BLOCK,
@@ -138,7 +165,8 @@ class Site:
                 **more,
             }
         )
-        worker = self.workers[worker_id] = Worker(info, **({"prefill_tokens_per_s": 8000.0, "step_ms": 20.0} | speeds))
+        speeds = {"prefill_tokens_per_s": 8000.0, "step_ms": 20.0, **speeds}
+        worker = self.workers[worker_id] = Worker(info, drafts=drafts, **speeds)
         epoch = await self.registry.register(info)
         worker.info = info.__class__(**{**info.__dict__, "epoch": epoch})
         service = EngineService(WorkerIdentity(self.cluster, worker_id, epoch), worker)  # type: ignore[arg-type]
@@ -171,14 +199,26 @@ class Site:
             server.should_exit = True
             await task
 
+    def _tell(self, drafts: Drafts) -> str:
+        """Serve a worker's metrics; returns where."""
+        server, _ = start_http_server(0, "127.0.0.1", drafts.registry)
+        self._metrics.append(server)
+        return f"127.0.0.1:{server.server_port}"
+
     async def close(self) -> None:
         """Stop what the workers answer with."""
+        for metrics in self._metrics:
+            await asyncio.to_thread(metrics.shutdown)
+            metrics.server_close()
         for each in self._servers:
             await each.stop(0)
         await self._links.close()
 
     async def _kv_links(self) -> Any:
         return await kv_links(await self.registry.list(), self._links)
+
+    async def _acceptance(self) -> Any:
+        return await acceptance(await self.registry.list(), Federation(self.registry.list, None).ask)
 
     async def _on_lost(self, *_: Any) -> None:
         """No stream is ever opened."""
@@ -257,9 +297,14 @@ class Traffic:
             builder.replayed(1, decode.step_ms / 1000)
         decode.running += 1
         decode.kv_tokens += answer
-        for number in range(1, answer):
+        left = answer - 1
+        while left > 0:
             await asyncio.sleep(decode.load.decode_step_ms / 1000 * self._random.uniform(0.9, 1.1))
-            builder.produced(EngineCoreOutput("", [number]), time.monotonic())
+            accepted = self._random.choices(range(5), (2, 2, 3, 3, 4))[0] if decode.drafts else 0
+            if decode.drafts is not None:
+                decode.drafts.step(4, accepted)
+            builder.produced(EngineCoreOutput("", [1] * min(left, 1 + accepted)), time.monotonic())
+            left -= 1 + accepted
         decode.running -= 1
         decode.kv_tokens -= prompt + answer
         builder.finish("length" if answer % 5 == 0 else "stop", time.monotonic())

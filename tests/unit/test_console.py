@@ -15,6 +15,7 @@ from helpers.console_site import Site, Traffic, nothing_else
 from redis.asyncio import Redis
 
 from joinwise.actors.gateway import console as module
+from joinwise.actors.gateway.acceptance import acceptance
 from joinwise.actors.gateway.console import EVENTS, REQUEST, ROOT
 from joinwise.actors.gateway.front import Front
 from joinwise.actors.gateway.ledgers import Ledgers
@@ -278,6 +279,37 @@ async def test_links_come_over_the_workers_own_interface(site: Site, keys: dict[
         await stream.leave()
     assert (link["sender"], link["receiver"], link["transport"]) == ("p", "d", "shm")
     assert link["bytes"] == 100 * 28_672
+
+
+async def test_drafts_are_told_of_by_the_workers_that_speculate(site: Site, keys: dict[str, str]) -> None:
+    fast = await site.add("fast", "mixed", "both", "m", speculates=True)
+    await site.add("plain", "mixed", "both", "m")
+    assert fast.drafts is not None
+    fast.drafts.step(4, 3)
+    fast.drafts.step(2, 0)
+    stream = Stream(site.app, keys["metrics"])
+    assert await stream.begin() == 200
+    assert await stream.events("acceptance") == [{"worker_id": "fast", "drafted": 6, "accepted": 3, "steps": 2}]
+    await stream.leave()
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        None,
+        "",
+        "python_info 1\n",
+        "vllm:spec_decode_num_draft_tokens_total{",
+        "vllm:spec_decode_num_draft_tokens_total nan\n",
+        "vllm:spec_decode_num_draft_tokens_total inf\n",
+        "vllm:spec_decode_num_draft_tokens_total_more 1\n",
+    ],
+)
+async def test_what_says_nothing_of_drafts_is_left_out(
+    make_worker: Callable[..., WorkerInfo], told: str | None
+) -> None:
+    worker = make_worker("fast", capabilities=frozenset())
+    assert await acceptance([worker], lambda _: told) == ()
 
 
 async def test_no_more_pages_than_may_be_open(site: Site, keys: dict[str, str]) -> None:

@@ -37,7 +37,7 @@ async def a_site(stack: AsyncExitStack, redis: Redis, cluster: str, **settings: 
     )
     stack.push_async_callback(site.close)
     await site.add("p0", "prefill", "prefills", "large", prefill_tokens_per_s=1e6)
-    await site.add("d0", "decode", "decodes", "large", step_ms=1, transport="tcp")
+    await site.add("d0", "decode", "decodes", "large", step_ms=1, transport="tcp", speculates=True)
     await site.add("m0", "mixed", "both", HOSTILE, step_ms=1)
     await site.beat()
     await stack.enter_async_context(site.serving())
@@ -108,7 +108,11 @@ async def test_what_it_shows(stack: AsyncExitStack, redis_client: Redis, cluster
     ]
     columns = "[...document.querySelectorAll('[aria-label=large] .map-column')].map((each) => each.dataset.role)"
     assert await tab.run(columns) == ["prefill", "decode"]
-    assert await tab.run("document.querySelectorAll('.worker [role=meter][aria-valuetext]').length") == 6
+    await tab.until("document.querySelectorAll('.worker [role=meter][aria-valuetext]').length === 7")
+    drafts = site.workers["d0"].drafts
+    assert drafts is not None
+    accepted = f"{int(100 * drafts.accepted._value.get() / drafts.drafted._value.get() + 0.5)} %"
+    assert await tab.run("document.querySelector('[data-id=d0] [aria-label=drafts]').ariaValueText") == accepted
     assert await tab.run("document.querySelectorAll('.wires path').length") == 1
     link = await text(tab, "#links tbody tr")
     assert "p0" in link and "d0" in link and "tcp" in link and "54.7 MiB" in link and "another host" in link

@@ -18,14 +18,15 @@ function createWorker({ id }) {
     badge: h("span", { class: "badge" }),
     queue: bar("queue"),
     kv: bar("KV"),
+    drafts: bar("drafts"),
     facts: h("p", { class: "facts" }),
   });
   const head = h("div", { class: "head" }, h("h4", { title: id }, id), element.badge);
-  element.append(head, element.queue, element.kv, element.facts);
+  element.append(head, element.queue, element.kv, element.drafts, element.facts);
   return element;
 }
 
-function updateWorker(element, worker, home, longest) {
+function updateWorker(element, worker, home, longest, drafts) {
   const used = worker.kv_blocks_total ? 1 - worker.kv_blocks_free / worker.kv_blocks_total : 0;
   const silent = worker.age_ms > SILENT_MS;
   const odd = worker.role !== home || silent;
@@ -40,9 +41,15 @@ function updateWorker(element, worker, home, longest) {
   element.queue.title = `${count(worker.pending_prefill)} prompt tokens and ${count(worker.pending_new)} tokens to generate are pending`;
   element.kv.set([[used > 0.9 ? "full" : "kv", used]], worker.kv_blocks_total ? percent(used) : "–");
   element.kv.title = `${count(worker.kv_blocks_total - worker.kv_blocks_free)} of ${count(worker.kv_blocks_total)} blocks`;
+  element.drafts.hidden = !drafts;
+  if (drafts) {
+    element.drafts.set([["mixed", drafts.share]], percent(drafts.share));
+    element.drafts.title = `${count(drafts.accepted)} of ${count(drafts.drafted)} drafted tokens were accepted`;
+  }
   const facts = [`${worker.running} running`];
   if (worker.waiting) facts.push(`${worker.waiting} waiting`);
   if (worker.role !== "prefill" && worker.decode_step_ms) facts.push(`${worker.decode_step_ms.toFixed(1)} ms/step`);
+  if (drafts?.gain) facts.push(`${drafts.gain.toFixed(1)} tok/step`);
   if (worker.role !== "decode" && worker.prefill_tokens_per_s) facts.push(`${short(worker.prefill_tokens_per_s)} tok/s`);
   say(element.facts, facts.join(" · "));
 }
@@ -55,12 +62,13 @@ function createPool({ pool }) {
   return element;
 }
 
-function updatePool(element, pool, workers, longest) {
+function updatePool(element, pool, workers, longest, drafts) {
   const roles = Object.entries(pool.roles).map(([role, number]) => `${number} ${role}`);
   say(element.sums, `${roles.join(", ")} · ${count(pool.sequences)} sequences`);
   const column = columnOf(pool);
   element.dataset.role = column;
-  keyed(element.grid, workers, (worker) => worker.id, createWorker, (card, worker) => updateWorker(card, worker, column, longest));
+  keyed(element.grid, workers, (worker) => worker.id, createWorker, (card, worker) =>
+    updateWorker(card, worker, column, longest, drafts.get(worker.id)));
 }
 
 function createModel(model) {
@@ -70,12 +78,12 @@ function createModel(model) {
   return element;
 }
 
-function updateModel(element, pools, workersOf, longest) {
+function updateModel(element, pools, workersOf, longest, drafts) {
   const columns = COLUMNS.map((role) => [role, pools.filter((pool) => columnOf(pool) === role)]).filter(([, some]) => some.length);
   element.columns.dataset.columns = columns.length;
   const create = ([role]) => h("div", { class: "map-column", "data-role": role });
   keyed(element.columns, columns, ([role]) => role, create, (column, [, some]) =>
-    keyed(column, some, (pool) => pool.pool, createPool, (place, pool) => updatePool(place, pool, workersOf(pool), longest)));
+    keyed(column, some, (pool) => pool.pool, createPool, (place, pool) => updatePool(place, pool, workersOf(pool), longest, drafts)));
 }
 
 /** Curves from who prefills to who decodes, as wide as they are busy; they pass behind the pools. */
@@ -99,14 +107,15 @@ function drawHandOffs(map, handOffs) {
   });
 }
 
-export function drawCluster({ pulse }) {
+export function drawCluster({ pulse, acceptance }) {
   const map = $("map");
   const workers = grouped(pulse.workers, (each) => `${each.pool}\n${each.model}`);
+  const drafts = new Map(acceptance.map((each) => [each.worker_id, each]));
   const models = grouped(pulse.pools, (each) => each.model);
   const longest = Math.max(1000, ...pulse.workers.map((each) => each.pending_prefill + each.pending_new));
   map.models ??= map.appendChild(h("div", { class: "models" }));
   keyed(map.models, [...models.keys()].sort(), (model) => model, createModel, (element, model) =>
-    updateModel(element, models.get(model), (pool) => workers.get(`${pool.pool}\n${pool.model}`) ?? [], longest));
+    updateModel(element, models.get(model), (pool) => workers.get(`${pool.pool}\n${pool.model}`) ?? [], longest, drafts));
   drawHandOffs(map, pulse.hand_offs);
   const busy = pulse.hand_offs.reduce((sum, [, , often]) => sum + often, 0);
   say($("map-note"), `${count(pulse.workers.length + pulse.more_workers)} workers, ${rate(busy)} hand-offs a second`);

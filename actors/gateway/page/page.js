@@ -12,7 +12,7 @@ const HISTORY = 120;
 const HIDDEN_MS = 60_000;
 const LATEST_RETRY_MS = 15_000;
 
-const known = { hello: null, pulse: null, links: [], decisions: [], requests: [], history: [] };
+const known = { hello: null, pulse: null, links: [], acceptance: [], decisions: [], requests: [], history: [] };
 let paused = false;
 let stream = null; // the AbortController of the open one
 let heard = 0; // when something last came
@@ -46,6 +46,18 @@ function throughput(links, before, elapsed_s) {
   }
 }
 
+/** Of drafts since the last look; since the start where there were none. */
+function lately(now, before) {
+  const earlier = new Map(before.map((each) => [each.worker_id, each]));
+  return now.map((each) => {
+    const last = earlier.get(each.worker_id);
+    const fresh = last && each.drafted > last.drafted ? last : { drafted: 0, accepted: 0, steps: 0 };
+    const [drafted, steps] = [each.drafted - fresh.drafted, each.steps - fresh.steps];
+    if (last && each.drafted === last.drafted) return last;
+    return { ...each, share: drafted ? (each.accepted - fresh.accepted) / drafted : 0, gain: steps ? 1 + (each.accepted - fresh.accepted) / steps : 0 };
+  });
+}
+
 function hear(name, data) {
   heard = performance.now();
   if (name === "hello") {
@@ -62,6 +74,8 @@ function hear(name, data) {
   } else if (name === "links") {
     throughput(data, known.links, (heard - known.linksAt) / 1000);
     Object.assign(known, { links: data, linksAt: heard });
+  } else if (name === "acceptance") {
+    known.acceptance = lately(data, known.acceptance);
   } else if (name === "trouble") {
     trouble(data.message);
     state("trouble", "no news");
@@ -155,7 +169,7 @@ $("sign-in-form").addEventListener("submit", (event) => {
 });
 $("sign-out").addEventListener("click", () => {
   stop();
-  Object.assign(known, { pulse: null, links: [], decisions: [], requests: [], history: [] });
+  Object.assign(known, { pulse: null, links: [], acceptance: [], decisions: [], requests: [], history: [] });
   askWho("");
 });
 $("pause").addEventListener("click", () => {
