@@ -24,7 +24,8 @@ from joinwise.cluster.store.keys import Keys
 
 ADAPTER_CAPABILITY = "lora:"
 
-_MEMBERS = ("common", "members")
+_LOAD = ("common", "load")
+_MEMBERS = (*_LOAD, "members")
 _AT_ONCE = 128  # workers in one reading: Redis answers nobody else meanwhile
 
 # Microseconds until a worker has measured its own: a slow one's, so that nothing is promised too early.
@@ -182,7 +183,7 @@ class Registry:
                 max(0, info.num_blocks * info.block_size),
                 _UNKNOWN_US_PER_TOKEN,
                 _UNKNOWN_US_PER_STEP,
-                preludes=("common", "pick", "members"),
+                preludes=(*_LOAD, "pick", "members"),
             )
         if verdict != "ok":
             raise RegistrationRefusedError(_refusal(info, verdict, *details))
@@ -193,13 +194,15 @@ class Registry:
         now = await self._clock.now_ms() if now_ms is None else now_ms
         with store_errors(f"sending the heartbeat of worker {worker_id}"):
             return bool(
-                await self._scripts.run("heartbeat", worker_id, epoch, now, json.dumps(asdict(load)), *_speeds(load))
+                await self._scripts.run(
+                    "heartbeat", worker_id, epoch, now, json.dumps(asdict(load)), *_speeds(load), preludes=_LOAD
+                )
             )
 
     async def deregister(self, worker_id: str, epoch: int) -> bool:
         """Forget a worker that leaves; False if this life of it was not registered."""
         with store_errors(f"removing worker {worker_id}"):
-            return bool(await self._scripts.run("deregister", worker_id, epoch))
+            return bool(await self._scripts.run("deregister", worker_id, epoch, preludes=_LOAD))
 
     async def set_role(self, worker_id: str, epoch: int, role: Role) -> bool:
         """Route the worker for another phase from now on; what it has begun it ends. False for a stale epoch."""
@@ -211,9 +214,7 @@ class Registry:
 
     async def _change(self, worker_id: str, epoch: int, role: str) -> bool:
         with store_errors(f"changing the role of worker {worker_id}"):
-            return bool(
-                await self._scripts.run("change", worker_id, epoch, "role", role, preludes=("common", "members"))
-            )
+            return bool(await self._scripts.run("change", worker_id, epoch, "role", role, preludes=_MEMBERS))
 
     async def set_adapters(self, info: WorkerInfo, adapters: Iterable[str]) -> bool:
         """Record which adapters a registered worker has loaded now. False for a stale `info.epoch`."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -25,13 +25,15 @@ from joinwise.cluster.router.decision import Assignment, Demand, Held, Running, 
 from joinwise.cluster.router.line import Lines
 from joinwise.cluster.router.registry import Registry, WorkerState
 from joinwise.cluster.router.terms import Terms
+from joinwise.cluster.router.together import Together
 from joinwise.cluster.store.client import Scripts, StoreClock, store_errors
 from joinwise.cluster.store.keys import Keys
 
 __all__ = ["Assignment", "Demand", "Held", "Router", "Running", "Terms", "WorkerRef", "samples_of"]
 
 _EXPIRE_BATCH = 256
-_LEASE = ("common", "lease")
+_AT_ONCE = 32  # decisions in one call: Redis answers nobody else meanwhile
+_LEASE = ("common", "load", "lease")
 _ENDING = (*_LEASE, "tenants", "leases")
 _ROUTING = (*_LEASE, "tenants", "queue", "pick", "pools", "plan", "explain", "sessions")
 
@@ -62,6 +64,7 @@ class Router:
         self._ttl_ms = int(settings.worker_ttl_s * 1000)
         self._name = secrets.token_hex(6)
         self._lines = Lines()
+        self._deciding = Together(self._decide, _AT_ONCE)
         self._abandoned: set[asyncio.Task[None]] = set()
 
     async def route(self, demand: Demand) -> Assignment:
@@ -117,26 +120,21 @@ class Router:
             return await self._ask(replace(ask, patient=False), queued=False)
 
     async def _ask(self, ask: Ask, *, queued: bool) -> list[Any]:
-        demand = ask.demand
+        with store_errors("routing", ask.demand.request_id):
+            return await self._deciding.ask((ask, ask.text(queued=queued)))
+
+    async def _decide(self, asks: Sequence[tuple[Ask, str]]) -> list[list[Any]]:
+        """Decide for several requests, in their order, in one call."""
+        words: list[str | int] = []
+        for ask, text in asks:
+            demand = ask.demand
+            words += (ask.lease_id, demand.request_id, demand.model)
+            words += (demand.prompt_tokens, demand.max_new_tokens, demand.samples, text, ask.entry)
         now = await self._clock.now_ms()
-        with store_errors("routing", demand.request_id):
-            answer: list[Any] = await self._scripts.run(
-                "route",
-                ask.lease_id,
-                demand.request_id,
-                demand.model,
-                demand.prompt_tokens,
-                demand.max_new_tokens,
-                demand.samples,
-                now,
-                self._lease_ms,
-                self._ttl_ms,
-                ask.text(queued=queued),
-                self._rules,
-                ask.entry,
-                preludes=_ROUTING,
-            )
-        return answer
+        answers: list[list[Any]] = await self._scripts.run(
+            "route", now, self._lease_ms, self._ttl_ms, self._rules, *words, preludes=_ROUTING
+        )
+        return answers
 
     async def prefill_done(self, assignment: Assignment) -> bool:
         """Give the prefill worker its tokens back: the first token is out. False if that was done before."""
@@ -248,6 +246,7 @@ class Router:
         """Settle a lease whose answer was lost, in the background; if that fails too, it expires."""
 
         async def end() -> None:
+            await self._deciding.past()
             with suppress(JoinwiseError):
                 await self._end(ask)
 

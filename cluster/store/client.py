@@ -24,7 +24,8 @@ from joinwise.cluster.store.sentinel import SCHEME, connect_sentinel
 
 _CLOCK_REFRESH_S = 60.0
 _RETRY_AFTER_S = 2.0
-_GONE = (
+#: What redis-py raises when there is no Redis to work with.
+GONE = (
     failures.ConnectionError,
     failures.TimeoutError,
     failures.ReadOnlyError,
@@ -95,7 +96,7 @@ def store_errors(doing: str, request_id: str | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except _GONE as error:
+    except GONE as error:
         raise StoreUnavailableError(
             f"Redis does not answer ({_brief(error)}) while {doing}; is it running and reachable?",
             request_id=request_id,

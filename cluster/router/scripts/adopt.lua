@@ -18,6 +18,8 @@ for i = 3, #ARGV do
     charge(l.p[1], p, l.prompt, 0, 0, 0)
     charge(l.d[1], d, 0, l.held + l.left * l.new, l.left * l.new, l.left)
     adopted = adopted + 1
+    write_leases()
+    write_workers()
   end
 end
 return adopted

@@ -12,4 +12,5 @@ end
 w.profile = profile_of(w.model, redis.call('HGET', key, 'caps'))
 put(w)
 if role ~= 'draining' and (role ~= w.role or profile ~= w.profile) then unplace(w.id, w.model, role, profile) end
+write_workers()
 return 1

@@ -9,18 +9,41 @@ local workers = base .. 'workers'
 -- it was given; `role`: the one it has.
 local STATE = '>ddddddddd ssssssss'
 
+-- The book of this call. Nobody else writes meanwhile, so what it reads it reads once, and what it changes it writes once,
+-- at its end (`load.lua`), however many decisions it makes. `book`: workers by id (false: there is none); `changed`: those
+-- to be written; `starts`: the first of a sorted set as it will be, by key (`pools.lua`).
+local book, changed, starts = {}, {}, {}
+
+-- The fields after `kv` belong to one decision (`pick.lua`, `pools.lua`): named here, a table is made in its full size.
 local function unpacked(id, state)
   local beat, per_token, per_step, seqs, capacity, prefill, decode, gen, n, epoch, model, role, home, fingerprint, profile,
     engine, kv = struct.unpack(STATE, state)
   return { id = id, beat = beat, per_token = per_token, per_step = per_step, seqs = seqs, capacity = capacity,
     prefill = prefill, decode = decode, gen = gen, n = n, epoch = epoch, model = model, role = role, home = home,
-    fingerprint = fingerprint, profile = profile, engine = engine, kv = kv }
+    fingerprint = fingerprint, profile = profile, engine = engine, kv = kv, fresh = 0, wait = 0, pre = 0, harm = 0,
+    queue = 0, stall = 0, move = 0, prefill_ms = 0, decode_ms = 0, whole_ms = 0, prefill_fits = false,
+    decode_fits = false, whole_fits = false, pull = false, seen = false, listed = false }
+end
+
+-- Reads those of these workers that are not in the book yet, all in one call.
+local function read_workers(ids)
+  local missing = {}
+  for _, id in ipairs(ids) do
+    if book[id] == nil then missing[#missing + 1] = id end
+  end
+  if #missing == 0 then return end
+  for i, state in ipairs(redis.call('HMGET', workers, unpack(missing))) do
+    book[missing[i]] = state and unpacked(missing[i], state)
+  end
 end
 
 -- A registered worker, or nil.
 local function worker(id)
-  local state = redis.call('HGET', workers, id)
-  return state and unpacked(id, state) or nil
+  if book[id] == nil then
+    local state = redis.call('HGET', workers, id)
+    book[id] = state and unpacked(id, state)
+  end
+  return book[id] or nil
 end
 
 local function worker_key(id) return base .. 'worker:' .. id end
@@ -30,65 +53,13 @@ local function worker_key(id) return base .. 'worker:' .. id end
 local function set_key(kind, role, profile, model) return base .. kind .. ':' .. role .. ':' .. profile .. ':' .. model end
 local function profiles_key(model) return base .. 'profiles:' .. model end
 
--- The next epoch. The counter starts at the time (us), so that epochs stay unique when Redis loses its data.
-local function next_epoch(now_ms)
-  local epoch = redis.call('INCR', base .. 'epoch')
-  if epoch == 1 then
-    epoch = now_ms * 1000 + 1
-    redis.call('SET', base .. 'epoch', string.format('%.0f', epoch))
+-- Takes so many epochs; returns the first, as a number. The counter starts at the time (us), so that epochs stay unique
+-- when Redis loses its data.
+local function next_epochs(now_ms, count)
+  local last = redis.call('INCRBY', base .. 'epoch', count)
+  if last == count then
+    last = now_ms * 1000 + count
+    redis.call('SET', base .. 'epoch', string.format('%.0f', last))
   end
-  return string.format('%.0f', epoch)
-end
-
--- Microseconds that a worker needs for what is pending and so much more: prompts one after another, answers at its full
--- batch.
-local function work_us(w, prefill, gen) return (w.prefill + prefill) * w.per_token + (w.gen + gen) * w.per_step / w.seqs end
-
-local TYPICAL_PROMPT, TYPICAL_ANSWER = 512, 256 -- tokens
-
--- Writes a worker's state, and puts it into the sets of its role; one that is draining stands in none.
-local function put(w)
-  redis.call('HSET', workers, w.id, struct.pack(STATE, w.beat, w.per_token, w.per_step, w.seqs, w.capacity, w.prefill,
-    w.decode, w.gen, w.n, w.epoch, w.model, w.role, w.home, w.fingerprint, w.profile, w.engine, w.kv))
-  if w.role == 'draining' then return end
-  local place = w.role .. ':' .. w.profile .. ':' .. w.model
-  redis.call('ZADD', base .. 'queue:' .. place, math.floor(work_us(w, TYPICAL_PROMPT, TYPICAL_ANSWER)), w.id)
-  redis.call('ZADD', base .. 'room:' .. place, w.prefill + w.decode, w.id)
-end
-
--- Takes a worker out of the sets of a role. A profile that nobody has any more is forgotten.
-local function unplace(id, model, role, profile)
-  redis.call('ZREM', set_key('queue', role, profile, model), id)
-  redis.call('ZREM', set_key('room', role, profile, model), id)
-  local held = redis.call('EXISTS', set_key('room', 'prefill', profile, model), set_key('room', 'decode', profile, model),
-    set_key('room', 'mixed', profile, model))
-  if held == 0 then redis.call('HDEL', profiles_key(model), profile) end
-end
-
--- Adds to (or takes from) what is pending on a worker that was just read. One that Splitwise's scheduler pulled into
--- mixed goes home when no work of the other phase is left. `role`: what it shall be from now on.
-local function add_work(w, role, prefill, decode, gen, n)
-  local from = w.role
-  w.prefill, w.decode, w.gen, w.n = w.prefill + prefill, w.decode + decode, w.gen + gen, w.n + n
-  if role == 'mixed' and ((w.home == 'prefill' and w.decode == 0) or (w.home == 'decode' and w.prefill == 0)) then
-    role = w.home
-  end
-  w.role = role
-  put(w)
-  if from ~= role and from ~= 'draining' then unplace(w.id, w.model, from, w.profile) end
-end
-
--- The same for one that was known in a life; one that is gone or has started anew owes nothing.
-local function charge(id, epoch, prefill, decode, gen, n)
-  local w = worker(id)
-  if w and w.epoch == epoch then add_work(w, w.role, prefill, decode, gen, n) end
-end
-
--- Forgets a worker. Leases on it stay until they are settled or expire, and then find nothing to give back.
-local function drop_worker(id)
-  local w = worker(id)
-  if w and w.role ~= 'draining' then unplace(id, w.model, w.role, w.profile) end
-  redis.call('ZREM', base .. 'beats', id)
-  redis.call('DEL', worker_key(id))
-  return redis.call('HDEL', workers, id)
+  return last - count + 1
 end

@@ -27,4 +27,5 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', base .. 'session_ends', '-inf', 
   redis.call('HDEL', base .. 'sessions', id)
 end
 redis.call('ZREMRANGEBYSCORE', base .. 'pollers', '-inf', now - 60000)
+write_workers()
 return { #leases, #silent }

@@ -8,4 +8,5 @@ if per_step > 0 then w.per_step = per_step end
 redis.call('HSET', worker_key(w.id), 'load', ARGV[4])
 redis.call('ZADD', base .. 'beats', w.beat, w.id)
 add_work(w, w.role, 0, 0, 0, 0) -- another speed is another place
+write_workers()
 return 1

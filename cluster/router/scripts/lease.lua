@@ -5,9 +5,8 @@ local LEASE = '>ddddddd ssssssss'
 
 local function lease_key(id) return base .. 'lease:' .. id end
 
--- A lease, or nil.
-local function lease(id)
-  local text = redis.call('GET', lease_key(id))
+-- A lease as it was read; nil where there was none.
+local function unpacked_lease(id, text)
   if not text then return nil end
   local released, ended, used, fresh, prompt, new, n, request, epoch, p, p_epoch, d, d_epoch, tenant, reply =
     struct.unpack(LEASE, text)
@@ -15,13 +14,30 @@ local function lease(id)
     request = request, epoch = epoch, p = p, p_epoch = p_epoch, d = d, d_epoch = d_epoch, tenant = tenant, reply = reply }
 end
 
-local function keep_lease(l)
-  redis.call('SET', lease_key(l.id), struct.pack(LEASE, l.released, l.ended, l.used, l.fresh, l.prompt, l.new, l.n,
-    l.request, l.epoch, l.p, l.p_epoch, l.d, l.d_epoch, l.tenant, l.reply))
+-- A lease, or nil.
+local function lease(id) return unpacked_lease(id, redis.call('GET', lease_key(id))) end
+
+local function packed_lease(l)
+  return struct.pack(LEASE, l.released, l.ended, l.used, l.fresh, l.prompt, l.new, l.n, l.request, l.epoch, l.p, l.p_epoch,
+    l.d, l.d_epoch, l.tenant, l.reply)
 end
 
--- Writes a new lease, which ends by itself at a time (ms).
+local function keep_lease(l) redis.call('SET', lease_key(l.id), packed_lease(l)) end
+
+-- New leases, to be written before the workers that they charge (`write_workers`).
+local texts, expiries = { 'MSET' }, { 'ZADD', base .. 'leases' }
+
+-- Notes a new lease, which ends by itself at a time (ms).
 local function open_lease(l, expires)
-  keep_lease(l)
-  redis.call('ZADD', base .. 'leases', expires, l.id)
+  texts[#texts + 1] = lease_key(l.id)
+  texts[#texts + 1] = packed_lease(l)
+  expiries[#expiries + 1] = expires
+  expiries[#expiries + 1] = l.id
+end
+
+local function write_leases()
+  if #texts == 1 then return end
+  redis.call(unpack(texts))
+  redis.call(unpack(expiries))
+  texts, expiries = { 'MSET' }, { 'ZADD', base .. 'leases' }
 end

@@ -2,6 +2,7 @@
 -- held (id -> epoch and prompt tokens in its KV cache), session (a worker id or nil), prompt, new (tokens of all samples),
 -- samples, oldest (ms of the last acceptable heartbeat), limit (pending tokens), and the weights named in `cost`.
 local FEW = 2 -- of the least loaded, from each set of workers
+local ROLES = { 'prefill', 'decode', 'mixed' }
 
 -- Milliseconds of the last heartbeat that still counts. In a grace (`expire.lua`) nobody is too old.
 local function oldest_beat(now, ttl)
@@ -17,13 +18,22 @@ local function capable(text, needs)
   return true
 end
 
--- Profiles that fit: all of them where nothing is needed.
-local function fitting(demand)
-  local all, fit = redis.call('HGETALL', profiles_key(demand.model)), {}
-  for i = 1, #all, 2 do
-    if capable(all[i + 1], demand.needs) then fit[all[i]] = true end
+-- What fits the requests of a class (a model with a set of needs): `profiles`, all where nothing is needed, and
+-- `queues`: the sets in which their workers stand.
+local fits = {}
+
+local function fitting(class, demand)
+  if not fits[class] then
+    local all, profiles, queues = redis.call('HGETALL', profiles_key(demand.model)), {}, {}
+    for i = 1, #all, 2 do
+      if capable(all[i + 1], demand.needs) then
+        profiles[all[i]] = true
+        for _, role in ipairs(ROLES) do queues[#queues + 1] = set_key('queue', role, all[i], demand.model) end
+      end
+    end
+    fits[class] = { profiles = profiles, queues = queues }
   end
-  return fit
+  return fits[class]
 end
 
 local function pending_on(w) return w.prefill + w.decode end
@@ -49,14 +59,14 @@ local function cost(w, demand)
   local move, bonus = demand.handoff_ms + fresh * demand.handoff_us / 1000, demand.session == w.id and demand.slack_ms or 0
   local room = pending == 0 and math.huge or demand.limit - pending
   w.fresh, w.wait, w.pre, w.harm, w.queue, w.stall, w.move = fresh, wait, pre, harm, queue, stall, move
-  w.prefill_ms, w.decode_ms = wait + pre + harm, queue + stall + move - bonus
+  w.pull, w.prefill_ms, w.decode_ms = false, wait + pre + harm, queue + stall + move - bonus
   w.whole_ms = wait + pre + harm + queue + stall - bonus
   w.prefill_fits, w.decode_fits, w.whole_fits = fresh <= room, need <= room, fresh + need <= room
 end
 
 -- Takes a worker whose state was lost out of all sets where it may stand.
-local function bury(id, model, fit)
-  for profile in pairs(fit) do
-    for _, role in ipairs({ 'prefill', 'decode', 'mixed' }) do unplace(id, model, role, profile) end
+local function bury(id, model, profiles)
+  for profile in pairs(profiles) do
+    for _, role in ipairs(ROLES) do unplace(id, model, role, profile) end
   end
 end

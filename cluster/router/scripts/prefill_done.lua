@@ -5,4 +5,5 @@ if not l or l.epoch ~= ARGV[2] or l.released == 1 or l.fresh == 0 then return 0 
 l.released = 1
 keep_lease(l)
 charge(l.p, l.p_epoch, -l.fresh, 0, 0, 0)
+write_workers()
 return 1

@@ -18,13 +18,17 @@ local function first_of(class, tenant, now)
   until false
 end
 
--- The entry whose turn it is, with its tenant; nil when nobody waits.
+-- The entry whose turn it is, with its tenant; nil when nobody waits. `quiet`: classes in which this call saw nobody.
+local quiet = {}
+
 local function head(class, now)
+  if quiet[class] then return nil end
   for _, tenant in ipairs(redis.call('ZRANGE', base .. 'turns:' .. class, 0, -1)) do
     local entry = first_of(class, tenant, now)
     if entry then return entry, tenant end
     redis.call('ZREM', base .. 'turns:' .. class, tenant)
   end
+  quiet[class] = true
 end
 
 -- How many wait in a class.
@@ -39,6 +43,7 @@ end
 -- Takes a place. One who comes back after a rest begins where the others are, and has saved nothing up.
 local function enqueue(class, tenant, entry, score, now)
   local turns = base .. 'turns:' .. class
+  quiet[class] = nil
   if not redis.call('ZSCORE', turns, tenant) then
     local least = redis.call('ZRANGE', turns, 0, 0, 'WITHSCORES')
     redis.call('ZADD', turns, least[2] or 0, tenant)

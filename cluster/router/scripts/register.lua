@@ -17,10 +17,11 @@ for _, name in ipairs(redis.call('HKEYS', base .. 'adapters:' .. model)) do
 end
 
 drop_worker(id) -- an earlier life of this worker: its leases have nothing to give back here
-local epoch = next_epoch(ARGV[6])
+local epoch = string.format('%.0f', next_epochs(ARGV[6], 1))
 redis.call('HSET', worker_key(id), 'info', ARGV[10], 'caps', ARGV[8], 'digest', ARGV[4], 'layout', ARGV[5], 'load', '')
 redis.call('ZADD', base .. 'beats', now, id)
 put({ id = id, beat = now, per_token = tonumber(ARGV[16]), per_step = tonumber(ARGV[17]), seqs = tonumber(ARGV[14]),
   capacity = tonumber(ARGV[15]), prefill = 0, decode = 0, gen = 0, n = 0, epoch = epoch, model = model, role = role,
   home = role, fingerprint = ARGV[13], profile = profile_of(model, ARGV[8]), engine = ARGV[11], kv = ARGV[12] })
+write_workers()
 return { 'ok', epoch }

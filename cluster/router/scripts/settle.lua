@@ -11,4 +11,5 @@ if l.ended < l.n then
 else
   close_lease(l, 1)
 end
+write_workers()
 return 1
