@@ -45,7 +45,7 @@ helm-test: env ## lint, render, validate and package the chart
 security-test: env ## every listener's doors: credentials, TLS, limits, secrets in logs; generated input included
 	HF_HUB_OFFLINE=1 .venv/bin/pytest tests/unit/test_tls.py tests/unit/test_ops.py tests/unit/test_apikeys.py \
 	  tests/unit/test_identity.py tests/unit/test_guard.py tests/unit/test_logs.py tests/unit/test_store_tls.py \
-	  tests/unit/test_auth.py tests/unit/test_grpc_server.py tests/integration/test_secured.py $(ARGS)
+	  tests/unit/test_auth.py tests/unit/test_grpc_server.py tests/unit/test_console.py tests/integration/test_secured.py $(ARGS)
 
 screenshots: env ## pictures of /console under load into docs/images; needs a Chromium (Debian: chromium, fonts-inter)
 	.venv/bin/python scripts/screenshots.py $(ARGS)
