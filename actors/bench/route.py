@@ -1,8 +1,11 @@
 """`joinwise bench router`: what a decision costs, and whether it stays right when many gateways race.
 
-Speed: `decisions_per_s_*` counts decisions per second *of Redis' own CPU time*, which is what one Redis core can do.
-Clients share the machine with it, so wall-clock rates (`wall_per_s` in the rows) say as much about them. A latency is
-that of `Router.route` as a gateway calls it, beside a plain PING over the same client, in turns.
+Speed: `decisions_per_s_*` counts decisions per second *of Redis' own CPU time*, which is what one Redis core can do,
+while a gateway has 16 requests to route at any time: it asks for those that wait in one call (`decisions_per_call_*`).
+`decisions_alone_per_s_*` is the same with one request at a time, `decisions_settled_per_s_*` with giving every lease
+back, 16 at a time. Clients share the machine with Redis, so wall-clock rates (`wall_per_s` in the rows) say as much
+about them. A latency is that of `Router.route` as a gateway calls it, beside a plain PING over the same client, in
+turns.
 
 Race: processes reserve and settle at random over workers with a limit. After each decision the chosen workers' pending
 tokens are read: one above the limit is a violation. The same arrivals go through power-of-two-choices (Mitzenmacher,
@@ -33,6 +36,11 @@ _SETTINGS = RouterConfig(max_pending_tokens=1 << 30, lease_s=600, worker_ttl_s=6
 _RACE_LIMIT = 8_000
 _RACE_SETTINGS = _SETTINGS.model_copy(update={"max_pending_tokens": _RACE_LIMIT})
 _CONCURRENT = 16
+_ROW_OF = {  # figure -> field of the rows with one gateway
+    "decisions_alone_per_s": "alone_per_redis_core_s",
+    "decisions_settled_per_s": "settled_per_redis_core_s",
+    "decisions_per_call": "decisions_per_call",
+}
 _PATIENT = RedisConfig(timeout_s=60, connect_timeout_s=60)  # a busy machine is slow, not broken
 
 
@@ -92,6 +100,8 @@ class Timing:
     decisions: int = 0
     seconds: float = 0.0
     redis_cpu_s: float = 0.0
+    calls: int = 0
+    settling_cpu_s: float = 0.0
 
 
 async def _gateway(url: str, cluster: str, decisions: int, alone: bool, seed: int) -> Timing:
@@ -106,18 +116,24 @@ async def _gateway(url: str, cluster: str, decisions: int, alone: bool, seed: in
             leases.append(await router.route(demand(rng)))
             timing.route_us.append((time.perf_counter() - between) * 1e6)
             timing.ping_us.append((between - begin) * 1e6)
+        cpu = await _cpu_s(client)
+        for _ in range(decisions):
+            leases.append(await router.route(demand(rng)))
+        timing.decisions, timing.redis_cpu_s = decisions, await _cpu_s(client) - cpu
     else:
 
         async def some() -> None:
             for _ in range(decisions // _CONCURRENT):
                 leases.append(await router.route(demand(rng)))
 
-        cpu, begin = await _cpu_s(client), time.perf_counter()
+        calls, cpu, begin = await _calls(client), await _cpu_s(client), time.perf_counter()
         await asyncio.gather(*(some() for _ in range(_CONCURRENT)))
         timing.seconds, timing.redis_cpu_s = time.perf_counter() - begin, await _cpu_s(client) - cpu
-        timing.decisions = decisions // _CONCURRENT * _CONCURRENT
-    for lease in leases:
-        await router.settle(lease)
+        timing.decisions, timing.calls = decisions // _CONCURRENT * _CONCURRENT, await _calls(client) - calls
+    cpu = await _cpu_s(client)
+    for at in range(0, len(leases), _CONCURRENT):
+        await asyncio.gather(*map(router.settle, leases[at : at + _CONCURRENT]))
+    timing.settling_cpu_s = (await _cpu_s(client) - cpu) * timing.decisions / len(leases)
     await client.aclose()
     return timing
 
@@ -125,6 +141,11 @@ async def _gateway(url: str, cluster: str, decisions: int, alone: bool, seed: in
 async def _cpu_s(client: Any) -> float:
     info = await client.info("cpu")
     return float(info["used_cpu_user"]) + float(info["used_cpu_sys"])
+
+
+async def _calls(client: Any) -> int:
+    """Scripts that Redis has run."""
+    return int((await client.info("commandstats")).get("cmdstat_evalsha", {}).get("calls", 0))
 
 
 def _in_process(call: Callable[..., Any], *arguments: Any) -> Any:
@@ -149,12 +170,16 @@ def speed(url: str, workers: int, gateways: int, decisions: int, pool: Any) -> d
         for name, values in (("route", alone.route_us), ("ping", alone.ping_us)):
             cuts = statistics.quantiles(values, n=100)
             row |= {f"{name}_p50_us": cuts[49], f"{name}_p99_us": cuts[98]}
+        row["alone_per_redis_core_s"] = alone.decisions / alone.redis_cpu_s
     before, begin = asyncio.run(run(_cpu_s)), time.perf_counter()
     timings = pool.starmap(_in_process, [(_gateway, url, cluster, decisions, False, seed) for seed in range(gateways)])
     seconds = time.perf_counter() - begin
     total = sum(timing.decisions for timing in timings)
     # The gateways settle at the end: only what Redis did while a single one routed is pure, and all of it when many do.
     cpu = timings[0].redis_cpu_s if gateways == 1 else asyncio.run(run(_cpu_s)) - before
+    if gateways == 1:
+        row["decisions_per_call"] = total / timings[0].calls
+        row["settled_per_redis_core_s"] = total / (cpu + timings[0].settling_cpu_s)
     leftovers = asyncio.run(run(lambda client: Router(client, cluster, _SETTINGS).leftovers()))
     return row | {
         "decisions": total,
@@ -292,6 +317,8 @@ def run(decisions: int, racing: int, say: Callable[[str], None]) -> tuple[dict[s
     single = {row["workers"]: row for row in rows if row["gateways"] == 1}
     for workers in WORKERS:
         figures[f"decisions_per_s_{workers}w"] = single[workers]["per_redis_core_s"]
+    for name in ("decisions_alone_per_s", "decisions_settled_per_s", "decisions_per_call"):
+        figures[f"{name}_64w"] = single[64][_ROW_OF[name]]
     figures["decision_rtt_ratio_64w"] = single[64]["route_p50_us"] / single[64]["ping_p50_us"]
     figures["decision_p50_us_64w"] = single[64]["route_p50_us"]
     figures["decision_p99_us_64w"] = single[64]["route_p99_us"]

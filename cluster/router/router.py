@@ -32,7 +32,7 @@ from joinwise.cluster.store.keys import Keys
 __all__ = ["Assignment", "Demand", "Held", "Router", "Running", "Terms", "WorkerRef", "samples_of"]
 
 _EXPIRE_BATCH = 256
-_AT_ONCE = 32  # decisions in one call: Redis answers nobody else meanwhile
+_AT_ONCE = 32  # decisions, or endings, in one call: Redis answers nobody else meanwhile
 _LEASE = ("common", "load", "lease")
 _ENDING = (*_LEASE, "tenants", "leases")
 _ROUTING = (*_LEASE, "tenants", "queue", "pick", "pools", "plan", "explain", "sessions")
@@ -65,6 +65,7 @@ class Router:
         self._name = secrets.token_hex(6)
         self._lines = Lines()
         self._deciding = Together(self._decide, _AT_ONCE)
+        self._settling = Together(self._settle, _AT_ONCE)
         self._abandoned: set[asyncio.Task[None]] = set()
 
     async def route(self, demand: Demand) -> Assignment:
@@ -197,11 +198,16 @@ class Router:
         """
         used = (1 << 31) if generated is None else generated
         with store_errors(f"settling lease {assignment.lease_id}"):
-            ended = await self._scripts.run(
-                "settle", assignment.lease_id, assignment.lease_epoch, assignment.sample, used, preludes=_ENDING
-            )
+            ended = await self._settling.ask((assignment, used))
         self._lines.room()
-        return bool(ended)
+        return ended
+
+    async def _settle(self, endings: Sequence[tuple[Assignment, int]]) -> list[bool]:
+        """Settle several samples in one call; `used`: tokens that each has made."""
+        words: list[str | int] = []
+        for each, used in endings:
+            words += (each.lease_id, each.lease_epoch, each.sample, used)
+        return list(map(bool, await self._scripts.run("settle", *words, preludes=_ENDING)))
 
     async def expire(self) -> int:
         """End leases past their time, forget silent workers; returns how many leases. Any gateway, once a second."""

@@ -14,7 +14,7 @@ from redis import exceptions as failures
 from redis.asyncio import Redis
 
 from joinwise.cluster.errors import JoinwiseError
-from joinwise.cluster.router.router import Assignment, Demand, Held, Terms
+from joinwise.cluster.router.router import Assignment, Demand, Held, Terms, samples_of
 from joinwise.cluster.router.together import Together
 
 
@@ -173,6 +173,18 @@ async def test_a_batch_decides_as_its_requests_one_after_another(pair: tuple[Ben
             await many.router.settle(_sample(other, sample))
     await one.assert_zero()
     await many.assert_zero()
+
+
+async def test_endings_that_come_together_count_once(pair: tuple[Bench, Bench]) -> None:
+    bench = pair[0]
+    await bench.join("p", "prefill")
+    await bench.join("d", "decode")
+    leases = [await bench.router.route(demand(20, 5, samples=samples)) for samples in (1, 3, 1, 2)]
+    parts = [part for lease, samples in zip(leases, (1, 3, 1, 2), strict=True) for part in samples_of(lease, samples)]
+    strange = [replace(parts[0], lease_id="nobody"), replace(parts[1], lease_epoch=3), *parts[2:5]]
+    ended = await asyncio.gather(*map(bench.router.settle, (*parts, *strange)))
+    assert ended == [True] * len(parts) + [False] * len(strange)
+    await bench.assert_zero()
 
 
 async def test_a_lease_whose_asker_left_during_the_call_is_given_back(pair: tuple[Bench, Bench]) -> None:
