@@ -13,12 +13,15 @@ from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any
 
+from redis.asyncio import Redis
+
 from joinwise.cluster.config_model import RouterConfig
 from joinwise.cluster.errors import NoWorkerError
 from joinwise.cluster.router.ask import MAX_HOLDERS
 from joinwise.cluster.router.decision import Held
 from joinwise.cluster.router.registry import Registry, WorkerInfo, WorkerLoad
 from joinwise.cluster.router.router import Assignment, Demand, Router
+from joinwise.cluster.router.together import Together
 from joinwise.cluster.simulate.engine import Engine
 from joinwise.cluster.simulate.job import Job
 from joinwise.cluster.simulate.pipeline import Pipeline, Recorder, VirtualClock
@@ -35,6 +38,29 @@ _ARRIVAL, _FIRST, _END = 0, 1, 2
 
 #: When, for whom the answer is (None: for nobody), and what makes the call.
 _Call = tuple[float, Job | None, Callable[[], Coroutine[Any, Any, Any]]]
+
+
+class _Separately(Together[Any, Any]):
+    """Asks for each by itself, without an event loop: what would gather there is gathered in the pipeline here."""
+
+    @classmethod
+    def like(cls, other: Together[Any, Any]) -> _Separately:
+        """What asks as another one does."""
+        return cls(other._call, 1)
+
+    async def ask(self, item: Any) -> Any:
+        (answer,) = await self._call([item])
+        return answer
+
+
+class _Alone(Router):
+    """The router, where nobody else is there to ask together with."""
+
+    def __init__(self, client: Redis, cluster: str, settings: RouterConfig, clock: VirtualClock) -> None:
+        super().__init__(client, cluster, settings, clock)
+        for name, each in list(vars(self).items()):
+            if isinstance(each, Together):
+                setattr(self, name, _Separately.like(each))
 
 
 class LiveRouter:
@@ -60,7 +86,7 @@ class LiveRouter:
         )
         recorder = Recorder()
         self.cluster = cluster = f"simulated-{next(_NUMBERS)}"
-        self._router = Router(recorder, cluster, settings, self._clock)
+        self._router = _Alone(recorder, cluster, settings, self._clock)
         self._registry = Registry(recorder, cluster, settings, self._clock)
         self._pipeline = Pipeline(server.url)
         self._least_s = min(engine.kind.least_s for engine in simulation.engines) if ahead else 0.0
