@@ -55,7 +55,6 @@ def plan(
     from joinwise.cluster.plan.search import Search
     from joinwise.cluster.simulate.outages import Failures
     from joinwise.cluster.simulate.run import simulate, write
-    from joinwise.cluster.simulate.simulator import MODELS
     from joinwise.cluster.simulate.trace import parse
 
     if iso not in ("throughput", "cost", "power") or (budget is None) != (iso == "throughput"):
@@ -83,8 +82,7 @@ def plan(
             unit = {name: getattr(measured.kind(name), "price" if iso == "cost" else "power") for name in names}
             found = search.iso_budget(names, budget or 0.0, unit.__getitem__, most_rate)
             best = found.fastest()
-        fails = model in MODELS and MODELS[model].fails
-        spare = headroom(search, best, failing=measure if fails else None)
+        spare = headroom(search, best, measure)
         status.update("checking with the router")
         live = simulate(requests.scaled(best.rate), best.pools, measured, model=model, policy="auto") if check else None
     Console().print(render(found, best, spare, requests.rate))

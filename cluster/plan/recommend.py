@@ -72,24 +72,17 @@ def _names(candidate: Candidate) -> list[str]:
     return [re.sub(r"[^a-z0-9]+", "-", f"{pool.home}-{pool.kind}").strip("-") for pool in candidate.pools]
 
 
-def headroom(search: Search, candidate: Candidate, most: int = 3, failing: Failing | None = None) -> int:
-    """Machines that any one pool may lose while the rest still meets the objectives, up to `most`.
+def headroom(search: Search, candidate: Candidate, failing: Failing, most: int = 3) -> int:
+    """Machines that any one pool may lose while the objectives are still met, up to `most`.
 
     Args:
-        failing: figures of the trace on pools at a rate while so many machines of one die; without it they are taken to
-            be missing from the start.
+        failing: figures of the trace on pools at a rate while so many machines of one die.
     """
     for lost in range(1, most + 1):
-        for index, pool in enumerate(candidate.pools):
+        for pool in candidate.pools:
             if pool.size <= lost:
                 return lost - 1
-            if failing is None:
-                left = [each.size - (lost if place == index else 0) for place, each in enumerate(candidate.pools)]
-                prefill, decode = (left[0], 0) if candidate.shape.mixed else (left[0], left[1])
-                meets = search.look(candidate.shape, prefill, decode, candidate.rate).meets
-            else:
-                figures = failing(candidate.pools, candidate.rate, pool.home, lost)
-                meets = not figures["refused"] and not missed(figures, search.slos)
-            if not meets:
+            figures = failing(candidate.pools, candidate.rate, pool.home, lost)
+            if figures["refused"] or missed(figures, search.slos):
                 return lost - 1
     return most

@@ -126,12 +126,19 @@ class Engine(ABC):
         """The KV cache that room was kept for does not come."""
 
     @abstractmethod
-    def abort(self, job: Job, now: float) -> None:
-        """Forget a request that is here; the step under way is computed all the same."""
+    def _drop(self, job: Job) -> None:
+        """Forget a request that is here, and its KV cache."""
 
     @abstractmethod
     def tasks(self) -> Iterator[Task]:
         """All that is here."""
+
+    def abort(self, job: Job, now: float) -> None:
+        """Forget a request that is here; a step that computes others too goes on."""
+        self._drop(job)
+        if not self.batch:
+            self.version += 1
+            self.start(now)
 
     def die(self, now: float) -> dict[Job, int]:
         """Compute nothing from now on. Returns for every request here what it has generated here."""
@@ -142,9 +149,9 @@ class Engine(ABC):
         self.version += 1
         return {task.job: max(0, task.job.output - task.left) if task.computed else 0 for task in self.tasks()}
 
+    @abstractmethod
     def clear(self) -> None:
         """Forget all requests, and their KV cache."""
-        self.batch = []
 
     def finishing(self) -> Iterator[tuple[Job, bool]]:
         """Requests whose first token (False) or last one (True) comes out when the steps under way end."""

@@ -73,9 +73,18 @@ class SplitwiseEngine(Engine):
     def unexpect(self, job: Job) -> None:
         self.memory -= job.kv
 
-    def abort(self, job: Job, now: float) -> None:
-        """SplitwiseSim's machines never fail, so its assumptions say nothing about it; `Model.fails` keeps it away."""
-        raise NotImplementedError
+    def _drop(self, job: Job) -> None:
+        self._next.pop(job, None)
+        if any(task.ran for task in self.present if task.job is job):
+            self.memory -= job.kv
+        for tasks in (self.present, self.pending, self.prompts, self.blocked, self.batch):
+            tasks[:] = [task for task in tasks if task.job is not job]
+
+    def clear(self) -> None:
+        for tasks in (self.present, self.pending, self.prompts, self.blocked, self.batch):
+            tasks.clear()
+        self._next.clear()
+        self.memory = self.batch_tokens = 0
 
     def tasks(self) -> Iterator[Task]:
         yield from self.present

@@ -54,14 +54,12 @@ class VllmEngine(Engine):
     def unexpect(self, job: Job) -> None:
         self.memory -= job.prompt
 
-    def abort(self, job: Job, now: float) -> None:
+    def _drop(self, job: Job) -> None:
         for tasks in (self.batch, self.queue, self.ready):
             for task in tasks:
                 if task.job is job:
                     tasks.remove(task)
                     self.memory -= task.context + task.todo if task.ran else 0
-                    if not self.batch and self.waiting():
-                        self.start(now)
                     return
 
     def tasks(self) -> Iterator[Task]:
@@ -70,7 +68,7 @@ class VllmEngine(Engine):
         yield from self.queue
 
     def clear(self) -> None:
-        super().clear()
+        self.batch = []
         self.queue.clear()
         self.ready.clear()
         self.memory = 0

@@ -217,7 +217,7 @@ class Disruption:
         """Compute the prompt where the answer is to be made (`ClusterCore._without_prefill`)."""
         simulation, decode = self._simulation, choice.decode
         emitted = 0 if job.stage is Stage.PREFILLING else 1
-        if job.stage is Stage.WAITING:
+        if job.stage is Stage.WAITING and job in simulation.waiting[decode]:  # else it is offered again by time
             simulation.waiting[decode].remove(job)
         elif job.stage is Stage.SENDING:
             decode.unexpect(job)
@@ -235,7 +235,7 @@ class Disruption:
         self.again_tokens += job.prompt + emitted if job.first >= 0 else 0
         job.prompt += emitted
         job.output -= emitted
-        job.cached = job.there = 0
+        job.cached = job.there = job.kv = 0
         job.stage = Stage.WHOLE
         job.life += 1
         job.told = 0

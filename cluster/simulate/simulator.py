@@ -40,7 +40,6 @@ class Model:
         tbt_over_all: time between tokens is over all tokens, as SplitwiseSim has it, not over the gaps between them.
         policy: the usual one.
         retry_s: a cache that finds no room where it is to go is offered again after so long; None: when there is room.
-        fails: its machines may.
     """
 
     name: str
@@ -49,7 +48,6 @@ class Model:
     tbt_over_all: bool
     policy: str
     retry_s: float | None = None
-    fails: bool = True
 
 
 MODELS = {
@@ -61,7 +59,6 @@ MODELS = {
         tbt_over_all=True,
         policy="splitwise",
         retry_s=1.0,
-        fails=False,
     ),
 }
 
@@ -117,8 +114,6 @@ class Simulation:
         make_policy: Callable[[Simulation], Policy],
         outages: Sequence[Outage] = (),
     ) -> None:
-        if outages and not model.fails:
-            raise ConfigError(f"machines of the model {model.name!r} cannot fail; take vllm")
         self.coverage = Coverage()
         self.engines = [
             model.engine(f"{pool.home}-{pool.kind}-{index}", profile.kind(pool.kind), pool.home, self)

@@ -125,15 +125,6 @@ def test_a_budget_goes_to_the_shape_that_bears_most() -> None:
         hunt.iso_budget(["h100"], 1.0, lambda name: PROFILE.kind(name).price, 4.0)
 
 
-def test_headroom_is_what_every_pool_can_lose() -> None:
-    hunt, _ = search(prefill=4, decode=2, whole=10)
-    shape = Shape("h100", "h100")
-    assert headroom(hunt, hunt.look(shape, 6, 3)) == 1
-    assert headroom(hunt, hunt.look(shape, 4, 9)) == 0
-    assert headroom(hunt, hunt.look(shape, 9, 9)) == 3
-    assert headroom(hunt, hunt.look(Shape("h100", "h100", mixed=True), 12, 0)) == 2
-
-
 def test_headroom_is_measured_while_machines_die() -> None:
     hunt, _ = search(prefill=4, decode=2, whole=10)
     best = hunt.look(Shape("h100", "h100"), 6, 4)
@@ -144,11 +135,15 @@ def test_headroom_is_measured_while_machines_die() -> None:
         bad = (home, lost) == ("decode", 2)
         return {**verdict(tbt=1.5 if bad else 0.5), "refused": 0.0}
 
-    assert headroom(hunt, best, failing=failing) == 1
+    assert headroom(hunt, best, failing) == 1
     assert asked == [("prefill", 1), ("decode", 1), ("prefill", 2), ("decode", 2)]
-    assert headroom(hunt, best, failing=lambda *_: {**verdict(), "refused": 1.0}) == 0
-    assert headroom(hunt, best, failing=lambda *_: verdict()) == 3
-    assert headroom(hunt, hunt.look(Shape("h100", "h100"), 1, 9), failing=lambda *_: verdict()) == 0
+    whole = hunt.look(Shape("h100", "h100", mixed=True), 12, 0)
+    assert (
+        headroom(hunt, whole, lambda pools, rate, home, lost: hunt.measure(whole.shape.pools(12 - lost, 0), rate)) == 2
+    )
+    assert headroom(hunt, best, lambda *_: {**verdict(), "refused": 1.0}) == 0
+    assert headroom(hunt, best, lambda *_: verdict()) == 3
+    assert headroom(hunt, hunt.look(Shape("h100", "h100"), 1, 9), lambda *_: verdict()) == 0
 
 
 POINTS = st.lists(

@@ -20,7 +20,6 @@ from joinwise.cluster.simulate.outages import MOST_MOVES, Failures, Outage, pars
 from joinwise.cluster.simulate.policy import POLICIES, Counted, Splitwise
 from joinwise.cluster.simulate.pools import parse_pools
 from joinwise.cluster.simulate.profile import Curve, Kind, Profile
-from joinwise.cluster.simulate.run import simulate
 from joinwise.cluster.simulate.simulator import MODELS, Simulation
 from joinwise.cluster.simulate.trace import Arrival, Trace, poisson
 from joinwise.cluster.store.embedded import EmbeddedRedis
@@ -42,12 +41,14 @@ KIND = Kind(
 PROFILE = Profile("m", {"a": KIND}, "a")
 
 
-def simulation(arrivals: list[Arrival], pools: str, outages: list[Outage], policy: str = "round_robin") -> Simulation:
+def simulation(
+    arrivals: list[Arrival], pools: str, outages: list[Outage], policy: str = "round_robin", model: str = "vllm"
+) -> Simulation:
     return Simulation(
         Trace("t", arrivals),
         parse_pools(pools),
         PROFILE,
-        MODELS["vllm"],
+        MODELS[model],
         lambda run: POLICIES[policy](run.engines, 0),
         outages,
     )
@@ -120,13 +121,13 @@ DEATHS = st.dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None)
-@given(ARRIVALS, CLUSTERS, DEATHS, st.sampled_from(sorted(POLICIES)))
+@settings(max_examples=200, deadline=None)
+@given(ARRIVALS, CLUSTERS, DEATHS, st.sampled_from(sorted(POLICIES)), st.sampled_from(sorted(MODELS)))
 def test_whatever_dies_every_request_ends_or_is_told(
-    arrivals: list[Arrival], pools: str, deaths: dict[int, tuple[float, float, float]], policy: str
+    arrivals: list[Arrival], pools: str, deaths: dict[int, tuple[float, float, float]], policy: str, model: str
 ) -> None:
     outages = [Outage(at, place, at + down, notice) for place, (at, notice, down) in deaths.items()]
-    run = simulation(arrivals, pools, outages, policy)
+    run = simulation(arrivals, pools, outages, policy, model)
     outcome = run.run()
     ended = [job for job in outcome.jobs if job.end >= 0]
     assert len(ended) + outcome.refused + outcome.failed == len(arrivals)
@@ -215,8 +216,6 @@ def test_machines_that_are_not_there_cannot_fail() -> None:
         parse_failures("at=1,pool=token,machines=4").outages(POOLS, 60.0, 0)
     with pytest.raises(ConfigError, match="is not back by then"):
         simulation([Arrival(0.0, 1, 1)], "mixed=2xa", [Outage(1.0, 0, 5.0), Outage(4.0, 0)])
-    with pytest.raises(ConfigError, match="'splitwise' cannot fail"):
-        simulate(TRACE, POOLS, profiles.shipped(), model="splitwise", failures=[Failures(at=1.0)])
 
 
 def test_the_command_says_what_moved() -> None:
