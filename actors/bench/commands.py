@@ -72,13 +72,14 @@ def handoff(
     link: Annotated[
         list[str] | None, typer.Option(help="Over a link of this rate, such as 1gbit; tcp with each codec by default")
     ] = None,
+    longest: Annotated[int, typer.Option(help="Tokens of the longest prompts: 4000 or 1500", min=1500)] = 4000,
     dtype: Annotated[str, typer.Option(help="Element type of model and cache")] = "float32",
     repeats: Annotated[int, typer.Option(help="Prompts of each length", min=1)] = 5,
     json: Json = None,
 ) -> None:
     """What a request waits for between prefill and decode: by prompt length, transport, codec and link."""
     from joinwise.actors.bench import kv_nixl, report
-    from joinwise.actors.bench.handoff import Side, run
+    from joinwise.actors.bench.handoff import LENGTHS, Side, run
 
     transports = transport or (["tcp"] if link else ["shm", "tcp", "grpc"])
     codecs = codec or (["none", "lossless", "int8", "fp8"] if link else ["none"])
@@ -86,7 +87,8 @@ def handoff(
     if said := kv_nixl.missing():
         console.print(f"not measured: {said}")
     with _progress() as say:
-        figures, rows = run(sides, dtype, repeats, not said, say)
+        lengths = [length for length in LENGTHS if length <= longest]
+        figures, rows = run(sides, lengths, dtype, repeats, not said, say)
     table = Table(*_HANDOFF_SHOWN, title="joinwise bench handoff")
     for row in ({name: row[name] for name in _HANDOFF_SHOWN} for row in rows):
         table.add_row(

@@ -11,7 +11,7 @@ import os
 import random
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,8 @@ from joinwise.actors.models import resolve_model
 from joinwise.cluster.config import JoinwiseConfig
 
 LENGTHS = (128, 512, 1500, 4000)
+_SHOWN = 1500
+"""Whose figures are shown."""
 _ENGINE = {"enforce_eager": True, "kv_cache_memory_bytes": 600_000_000, "block_size": 32, "max_num_seqs": 4}
 _MAX_MODEL_LEN = 4608
 _OUTPUT_TOKENS = 16
@@ -58,12 +60,13 @@ class Side:
 
 
 def run(
-    sides: Sequence[Side], dtype: str, repeats: int, nixl: bool, say: Say
+    sides: Sequence[Side], lengths: Collection[int], dtype: str, repeats: int, nixl: bool, say: Say
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Run the benchmark.
 
     Args:
         sides: figures without a suffix are of the first.
+        lengths: tokens of the prompts, 1,500 among them.
         dtype: element type of model and cache.
         repeats: prompts of each length.
         nixl: measure NIXL's pair too, in turn with the first side of each link.
@@ -84,11 +87,13 @@ def run(
                 engine = {"dtype": dtype, "max_model_len": _MAX_MODEL_LEN, **_ENGINE}
                 model, cores = resolve_model(MODEL, progress=say), sorted(os.sched_getaffinity(0))
                 pair = stack.enter_context(nixl_pair(str(model.path), MODEL, cores, engine, Path(folder)))
-            ours, theirs = asyncio.run(_measure(facts["addresses"]["http"], pair, repeats, f"{side.transport}: ", say))
+            ours, theirs = asyncio.run(
+                _measure(facts["addresses"]["http"], pair, lengths, repeats, f"{side.transport}: ", say)
+            )
         reference = first.setdefault(side.rate, ours)
         mine = [_row(side, length, found, reference[length]) for length, found in ours.items()]
         rows += mine
-        mine_long, suffix = _of(mine, 1500), "" if side == sides[0] else side.suffix
+        mine_long, suffix = _of(mine, _SHOWN), "" if side == sides[0] else side.suffix
         figures |= {
             f"exposed_steps_1500{suffix}": mine_long["exposed_ms"] / mine_long["decode_step_ms"],
             f"exposed_prefill_share_1500{suffix}": mine_long["exposed_ms"] / mine_long["prefill_ms"],
@@ -97,7 +102,7 @@ def run(
         if theirs:
             baseline = [_nixl_row(side, length, found, ours[length]) for length, found in theirs.items()]
             rows += baseline
-            figures[f"nixl_exposed_ratio_1500{suffix}"] = mine_long["gap_ms"] / _of(baseline, 1500)["gap_ms"]
+            figures[f"nixl_exposed_ratio_1500{suffix}"] = mine_long["gap_ms"] / _of(baseline, _SHOWN)["gap_ms"]
     return {name: round(value, 4) for name, value in (figures | crossovers(rows)).items()}, rows
 
 
@@ -126,15 +131,17 @@ def _place(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["link"], row["transport"], row["prompt_tokens"]
 
 
-async def _measure(url: str, pair: NixlPair | None, repeats: int, who: str, say: Say) -> tuple[Answers, Answers]:
+async def _measure(
+    url: str, pair: NixlPair | None, lengths: Collection[int], repeats: int, who: str, say: Say
+) -> tuple[Answers, Answers]:
     """Every prompt through the cluster and, in turn, through NIXL's pair. Returns the answers of both by length."""
     dice = random.Random(0)  # noqa: S311 - reproducible, not secret
-    ours: Answers = {length: [] for length in LENGTHS}
-    theirs: Answers = {length: [] for length in LENGTHS if pair}
+    ours: Answers = {length: [] for length in lengths}
+    theirs: Answers = {length: [] for length in lengths if pair}
     async with httpx.AsyncClient(base_url=url, timeout=600) as client:
         servers = [httpx.AsyncClient(base_url=at, timeout=600) for at in ((pair.prefill, pair.decode) if pair else ())]
         for repeat in range(-1, repeats):  # the first round warms up
-            for length in LENGTHS:
+            for length in lengths:
                 prompt = [dice.randrange(1000, 40_000) for _ in range(length)]
                 answer = await ask(client, prompt, _OUTPUT_TOKENS)
                 ledger = answer.ledger or {}
