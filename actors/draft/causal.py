@@ -21,8 +21,8 @@ from joinwise.actors.draft.drafter import Ask
 
 _AT_ONCE = 64
 """Tokens of one sequence that a draft may still have to compute."""
-_PIECE = 128
-"""Tokens of one sequence that are computed while nobody waits."""
+_PIECE = 32
+"""Tokens of one sequence that are computed while nobody waits: whoever asks meanwhile waits for these."""
 _EMPTY = np.empty(0, np.int32)
 
 

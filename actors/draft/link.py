@@ -13,7 +13,8 @@ from collections.abc import Callable
 
 import grpc
 
-from joinwise.actors.draft.wire import PROTOCOL_VERSION
+from joinwise.actors.draft.wire import CHANNEL_OPTIONS, PROTOCOL_VERSION
+from joinwise.actors.tls import Certificates
 from joinwise.proto import draft_pb2, draft_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -219,3 +220,11 @@ class DraftLink:
             level = max(level, logging.WARNING) if session.welcome is not None else level
             logger.log(level, "no drafts from %s: %s", address, reason)
         return session.welcome is not None
+
+
+def channel_to(certificates: Certificates | None, address: str) -> grpc.Channel:
+    """A channel to a draft actor, with the cluster's certificates as they are now; in plain text without any."""
+    if certificates is None:
+        return grpc.insecure_channel(address, CHANNEL_OPTIONS)
+    options = [*CHANNEL_OPTIONS, *certificates.channel_options]
+    return grpc.secure_channel(address, certificates.grpc_channel(), options)

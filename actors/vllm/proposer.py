@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import grpc
 import numpy as np
 from vllm.config import VllmConfig
 from vllm.v1.executor import Executor
@@ -19,10 +18,10 @@ from vllm.v1.executor import Executor
 from joinwise.actors.auth import bearer
 from joinwise.actors.draft.asking import Asker, AskFigures
 from joinwise.actors.draft.length import LengthChooser
-from joinwise.actors.draft.link import DraftLink
+from joinwise.actors.draft.link import DraftLink, channel_to
 from joinwise.actors.draft.vocabulary import Vocabulary
-from joinwise.actors.draft.wire import CHANNEL_OPTIONS, PROTOCOL_VERSION
-from joinwise.actors.tls import Certificates, peers
+from joinwise.actors.draft.wire import PROTOCOL_VERSION
+from joinwise.actors.tls import peers
 from joinwise.cluster.config_model import PeerTlsConfig
 from joinwise.proto import draft_pb2
 
@@ -75,7 +74,7 @@ class RemoteProposer:
             worker_id=settings.worker_id,
             vocabulary=settings.vocabulary.message(),
         )
-        channel = partial(_channel, peers(settings.tls))
+        channel = partial(channel_to, peers(settings.tls))
         self._asker = Asker(
             vocabulary=self._ids,
             max_tokens=self._max_tokens,
@@ -196,10 +195,3 @@ def _call(worker: Any, method: str, *arguments: Any) -> None:
 def _figures(worker: Any) -> AskFigures | None:
     proposer = _proposer(worker)
     return proposer.figures if proposer is not None else None
-
-
-def _channel(certificates: Certificates | None, address: str) -> grpc.Channel:
-    if certificates is None:
-        return grpc.insecure_channel(address, CHANNEL_OPTIONS)
-    options = [*CHANNEL_OPTIONS, *certificates.channel_options]
-    return grpc.secure_channel(address, certificates.grpc_channel(), options)

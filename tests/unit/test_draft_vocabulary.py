@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from joinwise.actors.draft.vocabulary import Vocabulary, disagreement
+from joinwise.actors.draft.vocabulary import Vocabulary, check_vocabularies, disagreement
+from joinwise.cluster.config import JoinwiseConfig
 from joinwise.cluster.errors import ConfigError
 
 
@@ -50,3 +51,22 @@ def test_a_file_that_says_nothing_is_an_error(tmp_path: Path, text: str) -> None
 def test_no_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"tokenizer\.json"):
         Vocabulary.read("m", tmp_path)
+
+
+@pytest.mark.parametrize(("draft", "refused"), [({"x": 0, "y": 1}, False), ({"y": 0, "x": 1}, True), (None, False)])
+def test_a_cluster_is_refused_before_it_starts(tmp_path: Path, draft: dict[str, int] | None, refused: bool) -> None:
+    target = write(tmp_path / "target", {"x": 0, "y": 1})
+    small = write(tmp_path / "small", draft or {})
+    for folder in (target, small):
+        (folder / "config.json").write_text("{}")
+    pools = [
+        {"name": "all", "model": "m", "role": "mixed"},
+        {"name": "fast", "model": "m", "role": "decode", "speculation": {"draft": "drafts"}},
+        {"name": "drafts", "model": "m", "role": "draft", "draft": {"model": str(small)} if draft else None},
+    ]
+    config = JoinwiseConfig.model_validate({"models": [{"name": "m", "model": str(target)}], "pools": pools})
+    if not refused:
+        check_vocabularies(config, print)
+        return
+    with pytest.raises(ConfigError, match=rf"'fast'.*'{small}'.*'m'"):
+        check_vocabularies(config, print)
