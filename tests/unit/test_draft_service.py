@@ -26,10 +26,11 @@ class Counting(PromptLookup):
     def __init__(self) -> None:
         self.batches: list[int] = []
         self.keys: set[Any] = set()
-        self.go = threading.Event()
+        self.entered, self.go = threading.Event(), threading.Event()
         self.go.set()
 
     def draft(self, asks: Sequence[Ask]) -> list[list[int]]:
+        self.entered.set()
         assert self.go.wait(20)
         self.batches.append(len(asks))
         self.keys |= {each.key for each in asks}
@@ -141,8 +142,7 @@ def test_equal_numbers_of_two_engines_are_two_sequences_in_one_batch() -> None:
     with ServedDesk(drafter) as served, Engine(served.address) as one, Engine(served.address) as other:
         one.read(), other.read()
         one.send(1, ask(9, tokens(1)))
-        until(lambda: served.service._streams and any(each.waiting for each in served.service._streams))
-        time.sleep(0.05)  # it has been taken, and its drafter waits
+        assert drafter.entered.wait(10)  # it has been taken, and its drafter waits
         one.send(2, ask(1, TEXT, k=1))
         other.send(1, ask(1, tokens(8, 9, 5, 8, 9), k=1))
         until(lambda: sum(each.waiting for each in served.service._streams) == 3)
@@ -183,11 +183,9 @@ def test_a_round_that_nobody_waits_for_any_more_is_learnt_but_not_drafted() -> N
         engine.read()
         drafter.go.clear()
         engine.send(1, ask(1, tokens(7)))
-        until(lambda: any(each.waiting for each in served.service._streams))
-        time.sleep(0.05)
-        engine.send(2, ask(2, TEXT), patience_us=1000)
+        assert drafter.entered.wait(10)
+        engine.send(2, ask(2, TEXT), patience_us=0)
         until(lambda: any(each.waiting == 2 for each in served.service._streams))
-        time.sleep(0.05)
         drafter.go.set()
         engine.read()
         assert engine.ids() == []
