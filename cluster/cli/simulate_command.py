@@ -97,8 +97,9 @@ def render(result: Result) -> RenderableType:
 
     found = result.figures
     table = Table("", *(f"p{percent}" for percent in PERCENTILES), box=None, header_style="bold", pad_edge=False)
-    for name, unit in (("ttft", "s"), ("tbt", "ms"), ("e2e", "s")):
-        table.add_row(f"{name} ({unit})", *(f"{found[f'{name}_p{percent}_{unit}']:.3f}" for percent in PERCENTILES))
+    for name, unit in (("ttft", "s"), ("tbt", "ms"), ("e2e", "s"), ("handoff", "s")):
+        if f"{name}_p50_{unit}" in found:  # where nothing is split there is no hand-off
+            table.add_row(f"{name} ({unit})", *(f"{found[f'{name}_p{percent}_{unit}']:.3f}" for percent in PERCENTILES))
     for name, limits in SLOS.items():
         values = (found[f"{name}_slowdown_p{percent}"] for percent in PERCENTILES)
         cells = (f"{value:.2f} (<= {limit:g})" for value, limit in zip(values, limits, strict=True))

@@ -28,6 +28,7 @@ class Job:
         cached, there: prompt tokens that the worker of its prompt, and that of its answer, had already.
         began: when its prompt was begun; -1 before.
         first: when its first token was out; -1 before.
+        landed: when its KV cache was where its answer is made; -1 before, and for one that is not split.
         end: when its last token was out; -1 before, and for one that was refused.
         kv: tokens of KV cache that it holds where it runs (kept by the engine).
         told: 1 once the router knows of the first token, 2 once it knows of the end.
@@ -46,6 +47,7 @@ class Job:
         "first",
         "index",
         "kv",
+        "landed",
         "life",
         "moves",
         "output",
@@ -63,7 +65,7 @@ class Job:
         self.prompt = arrival.prompt
         self.output = arrival.output
         self.cached = self.there = 0
-        self.began = self.first = self.end = -1.0
+        self.began = self.first = self.landed = self.end = -1.0
         self.kv = 0
         self.told = 0
         self.preempted = 0

@@ -127,7 +127,7 @@ class Disruption:
     Attributes:
         moved: requests that went on elsewhere, each time that one did.
         failed: requests that ended with an error.
-        again_tokens: tokens that were computed again.
+        again_tokens: tokens that were computed again, of requests that had begun to answer.
         ever: whether there are any.
         next_at: when the next thing happens; infinite when nothing does any more.
     """

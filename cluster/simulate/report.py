@@ -19,6 +19,8 @@ SLOS: Mapping[str, tuple[float, float, float]] = {
     "e2e": (1.25, 1.5, 5.0),
 }
 
+_UNITS = {"ttft": (1, "_s"), "tbt": (1000, "_ms"), "e2e": (1, "_s"), "handoff": (1, "_s")}
+
 
 def percentile(ordered: Sequence[float], percent: float) -> float:
     """Of values in order, linear between two of them, as numpy has it; NaN of none."""
@@ -45,6 +47,7 @@ def figures(outcome: Outcome, profile: Profile, over_all: bool = False) -> dict[
         "ttft": [job.ttft for job in done],
         "tbt": [gap for _, gap in gaps],
         "e2e": [job.e2e for job in done],
+        "handoff": [job.landed - job.first for job in done if job.landed >= 0],
         "ttft_slowdown": [job.ttft / alone.prefill(job.arrival.prompt) for job in done],
         "tbt_slowdown": [gap / alone.tokens(job.arrival.prompt) for job, gap in gaps],
         "e2e_slowdown": [
@@ -55,8 +58,8 @@ def figures(outcome: Outcome, profile: Profile, over_all: bool = False) -> dict[
     result: dict[str, float] = {}
     for name, measured in values.items():
         measured.sort()
-        scale, unit = {"ttft": (1, "_s"), "tbt": (1000, "_ms"), "e2e": (1, "_s")}.get(name, (1, ""))
-        for percent in PERCENTILES:
+        scale, unit = _UNITS.get(name, (1, ""))
+        for percent in PERCENTILES if measured or name != "handoff" else ():
             result[f"{name}_p{percent}{unit}"] = percentile(measured, percent) * scale
     refused = outcome.refused + outcome.failed
     result["slo_all_nine"] = float(refused == 0 and not missed(result))

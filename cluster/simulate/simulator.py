@@ -277,6 +277,7 @@ class Simulation:
         choice = self.choices[job]
         if done:
             job.stage = Stage.DECODING
+            job.landed = self.now
             choice.prefill.released(job, self.now)
             self.admit(choice.prefill)
             self.policy.sent(job, choice)

@@ -80,10 +80,14 @@ def test_a_prompt_is_chunked_beside_answers() -> None:
 
 
 def test_a_split_request_waits_for_its_cache() -> None:
-    (job,) = run([Arrival(0.0, 1000, 2)], pools="prefill=1xa,decode=1xa").outcome.jobs
+    result = run([Arrival(0.0, 1000, 2)], pools="prefill=1xa,decode=1xa")
+    assert result.figures["handoff_p50_s"] == pytest.approx(0.1)
+    assert "handoff_p50_s" not in run([Arrival(0.0, 1000, 2)]).figures
+    (job,) = result.outcome.jobs
     # 1 MB at 1 MB/s, sent from the first of ten layers on: 0.1 s of prompt, then 1 s of sending.
     assert job.first == pytest.approx(1.0)
     assert job.end == pytest.approx(0.1 + 1.0 + 0.010)
+    assert job.landed == pytest.approx(1.1)
     serial = MODELS["vllm"].__class__("serial", VllmEngine, lambda: Links(overlap=False), False, "auto")
     outcome = Simulation(
         Trace("t", [Arrival(0.0, 1000, 2)]),
