@@ -115,7 +115,7 @@ def _map(found: Plan, story: Story) -> str:
         marks.append(_dot(x(each.price), y(value(each)), radius, kind, f"{each}{'' if each.meets else ', misses'}"))
     for each in found.front:
         marks.append(_dot(x(each.price), y(value(each)), 6, "front", f"{each}: on the front"))
-        marks.append(f'<text x="{x(each.price) + 9:.1f}" y="{y(value(each)) + 4:.1f}">{escape(str(each))}</text>')
+        marks.append(_label(x(each.price), y(value(each)) + 4, str(each)))
     legend = "filled: keeps the objectives; hollow: misses one; large: the front, which nothing beats"
     return (
         _figure(_axes(x, y, "price an hour", label) + marks, "clusters by price and " + label)
@@ -190,6 +190,13 @@ def _axes(x: _Scale, y: _Scale, across: str, up: str) -> list[str]:
 
 def _dot(x: float, y: float, radius: int, kind: str, title: str) -> str:
     return f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"><title>{escape(title)}</title></circle>'
+
+
+def _label(x: float, y: float, text: str) -> str:
+    """Beside a dot, on the side where there is room."""
+    right = x < _WIDTH / 2
+    anchor = "start" if right else "end"
+    return f'<text x="{x + (9 if right else -9):.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def _figure(marks: Sequence[str], title: str, height: int = _HEIGHT) -> str:
