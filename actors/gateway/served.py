@@ -207,6 +207,9 @@ def front_end_args(gateway: GatewayConfig, model: ModelConfig, path: str, max_mo
         if not hasattr(args, key.replace("-", "_")):
             raise ConfigError(f"gateway.vllm_args: vLLM's front end has no argument {key!r}")
         setattr(args, key.replace("-", "_"), value)
+    # vLLM's front end looks for it here, where building an engine of these arguments would have put it.
+    args.structured_outputs_config = copy.copy(args.structured_outputs_config)
+    args.structured_outputs_config.reasoning_parser = args.reasoning_parser
     if gateway.default_max_tokens is not None:
         args.override_generation_config = {
             **(args.override_generation_config or {}),
