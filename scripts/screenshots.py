@@ -83,15 +83,15 @@ async def take(tab: Tab, site: Site, out: Path, seconds: float) -> None:
     )
     await asyncio.sleep(seconds)  # of history for the lines
     height = await tab.run("document.documentElement.scrollHeight")
-    await tab.size(1440, min(1600, height))
+    await tab.size(1440, min(2000, height))
     await shoot(tab, out / "console-dark.png")
     await tab.colours("light")
     await shoot(tab, out / "console-light.png")
     await tab.colours("dark")
     await tab.size(1440, 1000)
-    await tab.run(
-        "[...document.querySelectorAll('#requests .row')].find((row) => row.querySelector('i.exposed')).click()"
-    )
+    split = "[...document.querySelectorAll('#requests .row')].filter((row) => row.querySelector('i.exposed'))"
+    width = "querySelector('i.prefill').offsetWidth"
+    await tab.run(f"{split}.sort((a, b) => b.{width} - a.{width})[0].click()")  # the longest prefill
     await tab.until("document.querySelector('#detail tr.chosen')")
     await shoot(tab, out / "console-request.png")
     await tab.run("document.querySelector('#detail').close()")

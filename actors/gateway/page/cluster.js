@@ -66,6 +66,7 @@ function updatePool(element, pool, workers, longest, drafts) {
   const roles = Object.entries(pool.roles).map(([role, number]) => `${number} ${role}`);
   say(element.sums, `${roles.join(", ")} · ${count(pool.sequences)} sequences`);
   const column = columnOf(pool);
+  element.grid.dataset.many = workers.length > 6;
   element.dataset.role = column;
   keyed(element.grid, workers, (worker) => worker.id, createWorker, (card, worker) =>
     updateWorker(card, worker, column, longest, drafts.get(worker.id)));
@@ -118,7 +119,7 @@ export function drawCluster({ pulse, acceptance }) {
     updateModel(element, models.get(model), (pool) => workers.get(`${pool.pool}\n${pool.model}`) ?? [], longest, drafts));
   drawHandOffs(map, pulse.hand_offs);
   const busy = pulse.hand_offs.reduce((sum, [, , often]) => sum + often, 0);
-  say($("map-note"), `${count(pulse.workers.length + pulse.more_workers)} workers, ${rate(busy)} hand-offs a second`);
+  say($("map-note"), `${count(pulse.workers.length + pulse.more_workers)} workers · ${rate(busy)} hand-offs/s`);
   $("more-workers").hidden = !pulse.more_workers;
   say($("more-workers"), `and ${count(pulse.more_workers)} less loaded workers`);
 }

@@ -20,7 +20,7 @@ const FIGURES = [
   ["first token", (ledger) => seconds(ledger.ttft_s)],
   ["second token", (ledger) => ledger.second_token_gap_s && `${seconds(ledger.second_token_gap_s)} after the first`],
   ["later tokens", (ledger) => ledger.token_gap_median_s && `${seconds(ledger.token_gap_median_s)}, at most ${seconds(ledger.token_gap_max_s)}`],
-  ["replayed", (ledger) => ledger.replayed_steps && `${ledger.replayed_steps} steps in ${seconds(ledger.replayed_step_s)}`],
+  ["replayed steps", (ledger) => ledger.replayed_steps && `${ledger.replayed_steps} in ${seconds(ledger.replayed_step_s)}`],
   ["moves", (ledger) => ledger.attempt],
   ["recomputed", (ledger) => ledger.recomputed && "yes"],
 ];
