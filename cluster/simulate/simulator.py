@@ -228,8 +228,11 @@ class Simulation:
             self.stored(job)
         if job not in self.given_back:
             self.policy.first_token(job, choice, now)
-        if choice.prefill is not choice.decode and job.output > 1:
-            self._transfer(job, 0)
+        if choice.prefill is not choice.decode:
+            if job.output > 1:
+                self._transfer(job, 0)
+            else:  # it ends here
+                self.policy.sent(job, choice)
 
     def ended(self, job: Job, engine: Engine, now: float) -> None:
         """See World."""
