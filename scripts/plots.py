@@ -33,14 +33,14 @@ def kv(figure: Figure, rows: Rows) -> None:
 
 
 def handoff(figure: Figure, rows: Rows) -> None:
-    """What a client waits for beyond the steps that compute tokens, by prompt length; one panel for each link."""
+    """By prompt length, one panel for each link: what its transfer exposes; what a client waits for, where there is none."""
     links = list(dict.fromkeys(row["link"] for row in rows))
-    panels = figure.subplots(1, len(links), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, len(links), squeeze=False)[0]
     for axes, link in zip(panels, links, strict=True):
         mine = [row | {"side": f"{row['transport']} {row['codec']}"} for row in rows if row["link"] == link]
-        lines(axes, mine, "side", "prompt_tokens", "gap_ms")
-        axes.set(xlabel="prompt tokens", title=f"link: {link}")
-    panels[0].set_ylabel("exposed gap after prefill, ms")
+        what = "gap_ms" if link == "none" else "exposed_ms"
+        lines(axes, mine, "side", "prompt_tokens", what)
+        axes.set(xlabel="prompt tokens", title=f"link: {link}", ylabel="ms after prefill")
 
 
 PICTURES: dict[str, Callable[[Figure, Rows], None]] = {"kv": kv, "handoff": handoff}

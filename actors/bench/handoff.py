@@ -107,18 +107,18 @@ def run(
 
 
 def crossovers(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """From how many prompt tokens on a codec shortens the gap of its link and transport.
+    """From how many prompt tokens on a codec shortens what is exposed on its link and by its transport.
 
     Returns:
         `crossover_tokens_<transport>_<codec>_<link>`; -1 where it does not, at the longest prompts.
     """
-    plain = {_place(row): row["gap_ms"] for row in rows if row["codec"] == "none"}
+    plain = {_place(row): row["exposed_ms"] for row in rows if row["codec"] == "none"}
     found: dict[str, float] = {}
     for row in sorted(rows, key=lambda each: -each["prompt_tokens"]):
         if row["codec"] == "none" or _place(row) not in plain:
             continue
         name = f"crossover_tokens_{row['transport']}_{row['codec']}_{row['link']}"
-        last, still = found.get(name, -1), row["gap_ms"] < plain[_place(row)]
+        last, still = found.get(name, -1), row["exposed_ms"] < plain[_place(row)]
         longer = [each["prompt_tokens"] for each in rows if each["prompt_tokens"] > row["prompt_tokens"]]
         if still and last == min(longer, default=-1):
             found[name] = row["prompt_tokens"]

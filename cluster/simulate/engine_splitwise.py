@@ -145,6 +145,10 @@ class SplitwiseEngine(Engine):
                     break
                 if task.job not in taken and (full(task) or not take(task)):
                     break
+        if not batch:  # who came first has no room: somebody has to go on who can make some
+            for task in self.present:
+                if not full(task) and task.job not in taken:
+                    take(task)
         self.batch_tokens = tokens
         self._exchange(old, batch, now)
 

@@ -9,7 +9,7 @@ import statistics
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from joinwise.cluster.cli.main import app
@@ -123,6 +123,12 @@ CLUSTERS = st.sampled_from(["mixed=2xa", "prefill=2xa,decode=1xa", "prefill=1xa,
 
 @settings(max_examples=60, deadline=None)
 @given(ARRIVALS, CLUSTERS, st.sampled_from(sorted(POLICIES)), st.sampled_from(sorted(MODELS)))
+@example(  # two prompts at once, of which one has to wait for the other's answer
+    [Arrival(0.0, 1, 1), Arrival(0.0, 2653, 13), Arrival(0.0, 2653, 13), Arrival(0.3, 1, 1)],
+    "mixed=2xa",
+    "p2c",
+    "splitwise",
+)
 def test_every_request_ends_in_order_and_memory_returns(
     arrivals: list[Arrival], pools: str, policy: str, model: str
 ) -> None:
