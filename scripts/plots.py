@@ -33,7 +33,7 @@ def kv(figure: Figure, rows: Rows) -> None:
 
 
 def handoff(figure: Figure, rows: Rows) -> None:
-    """By prompt length, one panel for each link: what its transfer exposes; what a client waits for, where there is none."""
+    """By prompt length, one panel for each link: what is exposed there; without a link, what a client waits for."""
     links = list(dict.fromkeys(row["link"] for row in rows))
     panels = figure.subplots(1, len(links), squeeze=False)[0]
     for axes, link in zip(panels, links, strict=True):

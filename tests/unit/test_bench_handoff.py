@@ -34,7 +34,8 @@ def test_a_figure_says_what_it_is_of() -> None:
 )
 def test_a_codec_pays_from_where_it_pays_for_all_that_is_longer(gaps: list[float], tokens: float) -> None:
     lengths = (128, 512, 1500)
-    plain = [{"link": "1gbit", "transport": "tcp", "codec": "none", "prompt_tokens": n, "exposed_ms": 10} for n in lengths]
+    what = {"link": "1gbit", "transport": "tcp", "codec": "none", "exposed_ms": 10}
+    plain = [what | {"prompt_tokens": length} for length in lengths]
     coded = [each | {"codec": "int8", "exposed_ms": gap} for each, gap in zip(plain, gaps, strict=True)]
     elsewhere = [each | {"link": "10gbit", "exposed_ms": 0} for each in plain]
     assert crossovers([*plain, *coded, *elsewhere]) == {"crossover_tokens_tcp_int8_1gbit": tokens}
