@@ -182,8 +182,9 @@ async def idle(worker: WorkerInfo) -> engine_pb2.IdleResponse:
 
 def kill(worker: WorkerInfo) -> None:
     """SIGKILL to the worker's process: whoever listens on its port."""
-    port = int(worker.engine_address.rpartition(":")[2])
-    (pid,) = {each.pid for each in psutil.net_connections("tcp") if each.status == "LISTEN" and each.laddr.port == port}
+    host, _, port = worker.engine_address.rpartition(":")
+    listening = [each for each in psutil.net_connections("tcp") if each.status == "LISTEN"]
+    (pid,) = {each.pid for each in listening if (each.laddr.ip, each.laddr.port) == (host, int(port))}
     assert pid
     os.kill(pid, signal.SIGKILL)
 

@@ -8,7 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers.draft_rig import VOCABULARY, ServedDesk
+from vllm.v1.sample import rejection_sampler
+from vllm.v1.sample.ops import topk_topp_sampler
 
 from joinwise.actors.draft.lookup import PromptLookup
 from joinwise.actors.vllm import proposer
@@ -21,6 +24,19 @@ def made(k: int = 3) -> RemoteProposer:
     model = SimpleNamespace(max_model_len=64, get_vocab_size=lambda: 1000)
     config: Any = SimpleNamespace(speculative_config=SimpleNamespace(num_speculative_tokens=k), model_config=model)
     return RemoteProposer(config)
+
+
+def test_a_step_without_any_draft_harms_nobody_who_asks_for_top_k() -> None:
+    def rows(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return torch.arange(count * 100.0).view(count, 100), torch.full((count,), 3), torch.full((count,), 0.9)
+
+    with pytest.raises(RuntimeError, match="max"):  # should vLLM have mended it, ours can go
+        topk_topp_sampler.apply_top_k_top_p(*rows(0))
+    made()
+    for count in (0, 2):
+        given = rejection_sampler.apply_top_k_top_p(*rows(count))
+        assert given.shape == (count, 100)
+        assert given.isfinite().sum() <= 3 * count
 
 
 class Batch:
