@@ -11,6 +11,7 @@ import os
 import random
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ _SHOWN = 1500
 _ENGINE = {"enforce_eager": True, "kv_cache_memory_bytes": 600_000_000, "block_size": 32, "max_num_seqs": 4}
 _MAX_MODEL_LEN = 4608
 _OUTPUT_TOKENS = 16
+_SETTLED_S = 60.0
 
 Say = Callable[[str], None]
 Answers = dict[int, list[Answer]]
@@ -143,6 +145,8 @@ async def _measure(
         for repeat in range(-1, repeats):  # the first round warms up
             for length in lengths:
                 prompt = [dice.randrange(1000, 40_000) for _ in range(length)]
+                if pair:
+                    await _settled(client)
                 answer = await ask(client, prompt, _OUTPUT_TOKENS)
                 ledger = answer.ledger or {}
                 if not ledger.get("transport") or ledger.get("recomputed"):
@@ -156,6 +160,15 @@ async def _measure(
         for server in servers:
             await server.aclose()
     return ours, theirs
+
+
+async def _settled(client: httpx.AsyncClient) -> None:
+    """Wait until prompts are handed over again: the pair has had the cores, and workers may have been late to say that
+    they live."""
+    deadline = time.monotonic() + _SETTLED_S
+    while not ((await ask(client, [1] * 64, 2)).ledger or {}).get("transport"):
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"nothing is handed over, {_SETTLED_S:g} s after NIXL's pair has been stopped")
 
 
 def _row(side: Side, length: int, answers: list[Answer], reference: list[Answer]) -> dict[str, Any]:

@@ -49,6 +49,7 @@ class FrameProducer:
         wanted: Wanted,
         alive: Callable[[], bool],
         load: Callable[[list[memoryview]], int] = kv_hash.digest,
+        most_bytes: int | None = None,
     ) -> Generator[Frame, None, int]:
         """All frames of one stream but the last, each as soon as it can be; waits for the prefill.
 
@@ -57,6 +58,7 @@ class FrameProducer:
             wanted: what of it.
             alive: says whether the receiver still wants it.
             load: reads each payload once, and tells its xxh3-64; see `SendLane.load`.
+            most_bytes: what a payload may have at most for this way of sending; see `SendLane.most_bytes`.
 
         Returns:
             Their number.
@@ -68,11 +70,12 @@ class FrameProducer:
         size = self._blocks.block_size
         end = transfer.num_blocks * size if wanted.encoding == WHOLE else transfer.num_tokens
         sent = dict.fromkeys(wanted.layers, wanted.first_token)
+        aim = min(self._frame_bytes, most_bytes or self._frame_bytes)
         sequence = 0
         while min(sent.values()) < end:
             for layer, ready in self._next_ready(transfer, sent, alive):
                 upto = min(ready * size, end)
-                for first, count in self._cut(layer, sent[layer], upto, wanted):
+                for first, count in self._cut(layer, sent[layer], upto, wanted, aim):
                     payload = self._payload(transfer, layer, first, count, wanted)
                     heads = wanted.heads
                     header = FrameHeader(
@@ -102,14 +105,14 @@ class FrameProducer:
         tag = transfer_tag(transfer.transfer_id)
         return seal(FrameHeader(tag, transfer.epoch, sequence, flags=FLAG_END, exposed_us=exposed_us))
 
-    def _cut(self, layer: int, first: int, upto: int, wanted: Wanted) -> list[tuple[int, int]]:
-        """Frames of about `frame_bytes` that bring these tokens: (first token, tokens)."""
+    def _cut(self, layer: int, first: int, upto: int, wanted: Wanted, aim: int) -> list[tuple[int, int]]:
+        """(first token, tokens) of frames that bring these; up to `aim` bytes, unless one block or token has more."""
         size = self._blocks.block_size
         if wanted.encoding == WHOLE:
-            step = max(1, self._frame_bytes // self._blocks.block_bytes[layer]) * size
+            step = max(1, aim // self._blocks.block_bytes[layer]) * size
         else:
             rows, head_dim = self._blocks.rows(layer, 1, len(wanted.heads))
-            step = max(1, self._frame_bytes // (rows * head_dim * wanted.wire_dtype.itemsize))
+            step = max(1, aim // (rows * head_dim * wanted.wire_dtype.itemsize))
         return [(start, min(step, upto - start)) for start in range(first, upto, step)]
 
     def _payload(self, transfer: SendTransfer, layer: int, first: int, count: int, wanted: Wanted) -> list[memoryview]:

@@ -237,7 +237,7 @@ class KvServer:
         context.add_callback(ended)
         try:
             sequence = 0
-            for raw, payload in self._producer.frames(transfer, wanted, context.is_active, lane.load):
+            for raw, payload in self._producer.frames(transfer, wanted, context.is_active, lane.load, lane.most_bytes):
                 lane.send(raw, payload)
                 transfer.moved_at = time.monotonic()
                 sequence += 1

@@ -383,6 +383,8 @@ class TamperedLanes:
 class _TamperedLane:
     """Gathers the frames of one transfer until its end, then sends what the test wants."""
 
+    most_bytes = None
+
     def __init__(self, lane: TcpSend, tampers: TamperedLanes) -> None:
         self.lane = lane
         self._tampers = tampers

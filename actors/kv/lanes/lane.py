@@ -81,6 +81,9 @@ class Lane(Protocol):
 class SendLane(Lane, Protocol):
     """The sender's end."""
 
+    most_bytes: int | None
+    """Larger payloads would be sent more slowly than two of half the size; None: there is no such size."""
+
     def load(self, payload: Sequence[memoryview]) -> int:
         """Read the payload that is sent next, and tell its xxh3-64.
 

@@ -101,6 +101,8 @@ class _ShmLane(TcpLane):
 class ShmSend(_ShmLane, TcpSend):
     """The sender's end."""
 
+    most_bytes = None
+
     def __init__(self, wire: Wire, ring: Ring) -> None:
         super().__init__(wire, ring)
         self._free = ring.slots
