@@ -20,6 +20,7 @@ from joinwise.actors.kv.lanes.lane import LaneClosedError, LaneRefusedError, Rec
 from joinwise.actors.kv.lanes.pool import LanePool
 from joinwise.actors.kv.layout import PeerPlan
 from joinwise.actors.kv.links import Link, LinkStatus, LinkTable, Preference, preference, settle
+from joinwise.actors.kv.memory import keep_freed
 from joinwise.actors.kv.receiving import FetchSpec, Importer, LandingBudget
 from joinwise.actors.kv.server import CHANNEL_OPTIONS, FETCH, LAYOUT, LONGEST_FETCH_S, STALE_INSTANCE
 from joinwise.actors.kv.stalls import Stalls
@@ -81,6 +82,7 @@ class KvClient:
         lanes: LanePool | None = None,
         slot_bytes: int = 0,
     ) -> None:
+        keep_freed()
         self._metadata = bearer(token)
         self._blocks = blocks
         self._budget = budget

@@ -19,6 +19,7 @@ from joinwise.actors.kv.codecs import CodingSpeeds
 from joinwise.actors.kv.lanes.lane import LaneClosedError
 from joinwise.actors.kv.lanes.server import LaneServer
 from joinwise.actors.kv.layout import CODECS, WHOLE, LayoutMismatchError, dtype_of
+from joinwise.actors.kv.memory import keep_freed
 from joinwise.actors.kv.producing import FrameProducer, TransferEndedError, Wanted
 from joinwise.actors.kv.sending import NoSuchTransferError, SendTable, SendTransfer, WrongEpochError
 from joinwise.proto import kv_pb2
@@ -76,6 +77,7 @@ class KvServer:
         lanes: LaneServer | None = None,
         lane_kinds: Collection[str] = (),
     ) -> None:
+        keep_freed()
         self._table = table
         self._blocks = blocks
         self._frame_bytes = frame_bytes
