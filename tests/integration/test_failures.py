@@ -184,7 +184,8 @@ def kill(worker: WorkerInfo) -> None:
     """SIGKILL to the worker's process: whoever listens on its port."""
     host, _, port = worker.engine_address.rpartition(":")
     listening = [each for each in psutil.net_connections("tcp") if each.status == "LISTEN"]
-    (pid,) = {each.pid for each in listening if (each.laddr.ip, each.laddr.port) == (host, int(port))}
+    mine = (f"::ffff:{host}", int(port)), (host, int(port))  # gRPC listens by IPv6, where there is that
+    (pid,) = {each.pid for each in listening if (each.laddr.ip, each.laddr.port) in mine}
     assert pid
     os.kill(pid, signal.SIGKILL)
 
