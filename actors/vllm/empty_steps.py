@@ -1,7 +1,7 @@
 """Keeps an engine that speculates right, and alive, where vLLM's rejection sampler is not.
 
 In a step for which nobody has drafted anything it applies top-k to no rows at all, and takes the largest of no numbers.
-On CPUs the kernel that repeats a request's temperature and limits for each of its drafts may leave its result unwritten.
+On CPUs the kernel that repeats a temperature or a limit for each draft of its request may leave its result unwritten.
 """
 
 import functools
