@@ -22,7 +22,7 @@ from joinwise.actors.draft.link import DraftLink, channel_to
 from joinwise.actors.draft.vocabulary import Vocabulary
 from joinwise.actors.draft.wire import PROTOCOL_VERSION
 from joinwise.actors.tls import peers
-from joinwise.actors.vllm.empty_steps import spare_empty_steps
+from joinwise.actors.vllm.rejection import mend_rejection
 from joinwise.cluster.config_model import PeerTlsConfig
 from joinwise.proto import draft_pb2
 
@@ -58,7 +58,7 @@ class RemoteProposer:
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         assert vllm_config.speculative_config is not None
-        spare_empty_steps()
+        mend_rejection()
         self._k = int(vllm_config.speculative_config.num_speculative_tokens)
         self._ids = vllm_config.model_config.get_vocab_size()
         self._max_tokens = vllm_config.model_config.max_model_len

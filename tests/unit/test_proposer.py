@@ -39,6 +39,16 @@ def test_a_step_without_any_draft_harms_nobody_who_asks_for_top_k() -> None:
         assert given.isfinite().sum() == 3 * count
 
 
+def test_on_a_cpu_what_a_request_asks_is_repeated_for_each_of_its_drafts() -> None:
+    made()
+    ends = torch.tensor([2, 2, 5], dtype=torch.int32)  # the second request has no draft
+    temperatures = torch.tensor([0.5, 1.0, 0.0])
+    given = rejection_sampler.expand_batch_to_tokens(temperatures, ends, 5, replace_from=0, replace_to=1)
+    assert given.tolist() == [0.5, 0.5, 1.0, 1.0, 1.0]
+    top_k = torch.tensor([3, 4, 5], dtype=torch.int32)
+    assert rejection_sampler.expand_batch_to_tokens(top_k, ends, 5).tolist() == [3, 3, 5, 5, 5]
+
+
 class Batch:
     """Rows as vLLM keeps them: longer than they are in use, with what stood there before."""
 

@@ -12,7 +12,7 @@ from vllm.v1.sample import rejection_sampler
 
 
 @functools.cache  # once for each process
-def spare_empty_steps() -> None:
+def mend_rejection() -> None:
     """Leave what has no rows alone, and repeat by torch on a CPU."""
     apply, expand = rejection_sampler.apply_top_k_top_p, rejection_sampler.expand_batch_to_tokens
 
