@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -115,18 +116,12 @@ def crossovers(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
         `crossover_tokens_<transport>_<codec>_<link>`; -1 where it does not, at the longest prompts.
     """
     plain = {_place(row): row["exposed_ms"] for row in rows if row["codec"] == "none"}
-    found: dict[str, float] = {}
-    for row in sorted(rows, key=lambda each: -each["prompt_tokens"]):
-        if row["codec"] == "none" or _place(row) not in plain:
-            continue
-        name = f"crossover_tokens_{row['transport']}_{row['codec']}_{row['link']}"
-        last, still = found.get(name, -1), row["exposed_ms"] < plain[_place(row)]
-        longer = [each["prompt_tokens"] for each in rows if each["prompt_tokens"] > row["prompt_tokens"]]
-        if still and last == min(longer, default=-1):
-            found[name] = row["prompt_tokens"]
-        else:
-            found.setdefault(name, -1)
-    return found
+    pays: dict[str, dict[int, bool]] = {}
+    for row in rows:
+        if row["codec"] != "none" and _place(row) in plain:
+            name = f"crossover_tokens_{row['transport']}_{row['codec']}_{row['link']}"
+            pays.setdefault(name, {})[row["prompt_tokens"]] = row["exposed_ms"] < plain[_place(row)]
+    return {name: min(takewhile(of.get, sorted(of, reverse=True)), default=-1) for name, of in pays.items()}
 
 
 def _place(row: dict[str, Any]) -> tuple[Any, ...]:
