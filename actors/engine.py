@@ -16,16 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import grpc
 import vllm
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 from prometheus_client import REGISTRY
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.lora.request import LoRARequest
 
 from joinwise.actors import cpu
-from joinwise.actors.auth import AsyncBearer, is_loopback
+from joinwise.actors.auth import is_loopback
 from joinwise.actors.draft.binding import Binding
 from joinwise.actors.draft.metrics import AskMetrics
 from joinwise.actors.draft.vocabulary import Vocabulary
@@ -42,6 +39,7 @@ from joinwise.actors.vllm.connector.worker import KvSettings
 from joinwise.actors.vllm.engine_loop import EngineLoop
 from joinwise.actors.vllm.kv_events import report_blocks
 from joinwise.actors.vllm.split import ALL_SAMPLING
+from joinwise.actors.worker_ports import GrpcPort, open_ops
 from joinwise.cluster.config import JoinwiseConfig
 from joinwise.cluster.config_model import SpeculationConfig
 from joinwise.cluster.drafts import Drafts
@@ -57,6 +55,12 @@ _STUCK_S = 60.0
 _ADAPTER_ATTEMPTS = 5
 _CLOSE_S = 10.0
 _SERVICE = engine_pb2.DESCRIPTOR.services_by_name["EngineService"].full_name
+_OPTIONS = (
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.max_send_message_length", 64 << 20),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+)
 
 
 class EngineWorker:
@@ -71,8 +75,7 @@ class EngineWorker:
         self._registry = Registry(self._redis, config.cluster, config.router)
         self._service: EngineService | None = None
         self._engine: EngineLoop | None = None
-        self._server: grpc.aio.Server | None = None
-        self._health: health.aio.HealthServicer | None = None
+        self._port: GrpcPort | None = None
         self._info: WorkerInfo | None = None
         self._heart: asyncio.Task[None] | None = None
         self._dead: BaseException | None = None
@@ -144,11 +147,11 @@ class EngineWorker:
 
     async def stop(self, drain_s: float = 0.0) -> None:
         """Leave: no new work, let what runs end for up to `drain_s` seconds, then close everything; see `drain`."""
-        if self._health is not None:
-            await self._health.enter_graceful_shutdown()
+        if self._port is not None:
+            await self._port.leave()
         await self.drain(drain_s)
-        if self._server is not None:
-            await self._server.stop(0.2)
+        if self._port is not None:
+            await self._port.close()
         if self._watching is not None:
             self._watching.cancel()
             REGISTRY.unregister(self._kv)
@@ -262,28 +265,16 @@ class EngineWorker:
 
     async def _serve(self) -> str:
         assert self._service is not None
-        self._server = grpc.aio.server(
-            interceptors=(AsyncBearer([self._token]),) if self._token else (),
-            options=[
-                ("grpc.max_receive_message_length", 64 << 20),
-                ("grpc.max_send_message_length", 64 << 20),
-                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-                ("grpc.keepalive_permit_without_calls", 1),
-            ],
+        self._port = GrpcPort(
+            self._spec.host,
+            _SERVICE,
+            partial(engine_pb2_grpc.add_EngineServiceServicer_to_server, self._service),
+            token=self._token,
+            certificates=self._certificates,
+            options=_OPTIONS,
         )
-        engine_pb2_grpc.add_EngineServiceServicer_to_server(self._service, self._server)
-        self._health = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
-        bind = f"{self._spec.host}:0"
-        if self._certificates is None:
-            port = self._server.add_insecure_port(bind)
-        else:
-            port = self._server.add_secure_port(bind, self._certificates.grpc_server())
-        await self._server.start()
-        for name in ("", _SERVICE):
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
-        return f"{self._spec.host}:{port}"
+        await self._port.open()
+        return self._port.address
 
     def _describe(self, config: VllmConfig, digest: str, address: str) -> WorkerInfo:
         assert self._ops is not None, "it opens first of all"
@@ -343,22 +334,16 @@ class EngineWorker:
         self._registered = False
 
     def _open_ops(self) -> OpsServer:
-        """The operator's port. A fixed one is open on all interfaces: a pod drains itself over loopback."""
-        host, port, loop = self._spec.host, self._pool.ops_port, asyncio.get_running_loop()
-        if port and not is_loopback(host):
-            host = "::" if ":" in host else "0.0.0.0"  # noqa: S104
         patience = self._config.gateway.drain_s
-
-        def drain() -> str:
-            return asyncio.run_coroutine_threadsafe(self.drain(patience), loop).result(patience + 10)
-
-        try:
-            tls = self._certificates.server_context(clients=False) if self._certificates else None
-            return OpsServer(host, port, live=self._sick, ready=self._unready, drain=drain, tls=tls)
-        except OSError as error:
-            raise ConfigError(
-                f"pool {self._pool.name!r}: the operator's port {port} is taken: ops_port: 0 picks a free one"
-            ) from error
+        return open_ops(
+            self._spec.host,
+            self._pool,
+            live=self._sick,
+            ready=self._unready,
+            drain=partial(self.drain, patience),
+            patience_s=patience + 10,
+            certificates=self._certificates,
+        )
 
     def _sick(self) -> str:
         """Why this process should be restarted; asked by threads. Nothing of it waits for the event loop."""

@@ -9,15 +9,13 @@ import logging
 import os
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 from prometheus_client import REGISTRY
 
 from joinwise.actors import cpu
-from joinwise.actors.auth import AsyncBearer, is_loopback
+from joinwise.actors.auth import is_loopback
 from joinwise.actors.draft.desk import Desk
 from joinwise.actors.draft.drafter import Drafter
 from joinwise.actors.draft.lookup import PromptLookup
@@ -28,7 +26,8 @@ from joinwise.actors.draft.wire import CHANNEL_OPTIONS
 from joinwise.actors.models import resolve_model
 from joinwise.actors.ops import OpsServer
 from joinwise.actors.spec import WorkerSpec
-from joinwise.actors.tls import peers
+from joinwise.actors.tls import Certificates, peers
+from joinwise.actors.worker_ports import GrpcPort, open_ops
 from joinwise.cluster.config import JoinwiseConfig
 from joinwise.cluster.config_model import DraftConfig
 from joinwise.cluster.drafts import DraftInfo, Drafts
@@ -40,6 +39,7 @@ from joinwise.proto import draft_pb2, draft_pb2_grpc
 logger = logging.getLogger(__name__)
 
 _SERVICE = draft_pb2.DESCRIPTOR.services_by_name["DraftService"].full_name
+_LEAVE_S = 10.0
 
 
 class DraftWorker:
@@ -52,8 +52,7 @@ class DraftWorker:
         self._redis = connect(redis_url, config.redis)
         self._drafts = Drafts(self._redis, config.cluster, config.router)
         self._desk: Desk | None = None
-        self._server: grpc.aio.Server | None = None
-        self._health: health.aio.HealthServicer | None = None
+        self._port: GrpcPort | None = None
         self._metrics: DeskMetrics | None = None
         self._ops: OpsServer | None = None
         self._heart: asyncio.Task[None] | None = None
@@ -79,8 +78,17 @@ class DraftWorker:
         self._metrics = DeskMetrics(lambda: desk.figures, lambda: drafter.held, lambda: service.engines)
         REGISTRY.register(self._metrics)
         desk.start()
-        address = await self._serve(service)
-        self._ops = self._open_ops()
+        certificates = peers(self._config.tls)
+        address = await self._serve(service, certificates)
+        self._ops = open_ops(
+            self._spec.host,
+            self._pool,
+            live=self.failure,
+            ready=self._unready,
+            drain=self._leave,
+            patience_s=_LEAVE_S,
+            certificates=certificates,
+        )
         metrics_address = f"{self._spec.host}:{self._ops.port}"
         info = DraftInfo(self._spec.worker_id, address, metrics_address, drafter.name)
         if vocabulary is not None:
@@ -102,11 +110,11 @@ class DraftWorker:
 
     async def stop(self, drain_s: float = 0.0) -> None:
         """Leave and close everything. Nothing is waited for: engines go on without drafts."""
-        if self._health is not None:
-            await self._health.enter_graceful_shutdown()
+        if self._port is not None:
+            await self._port.leave()
         await self._leave()
-        if self._server is not None:
-            await self._server.stop(0.2)
+        if self._port is not None:
+            await self._port.close()
         if self._desk is not None:
             await asyncio.to_thread(self._desk.stop)
         if self._metrics is not None:
@@ -143,43 +151,20 @@ class DraftWorker:
             raise ConfigError(f"pool {self._pool.name!r} cannot draft with {settings.model!r}: {error}") from error
         return drafter, vocabulary
 
-    async def _serve(self, service: DraftService) -> str:
-        host = self._spec.host
-        token = "" if is_loopback(host) else await self._registry_token()
-        self._server = grpc.aio.server(interceptors=(AsyncBearer([token]),) if token else (), options=CHANNEL_OPTIONS)
-        draft_pb2_grpc.add_DraftServiceServicer_to_server(service, self._server)
-        self._health = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
-        certificates = peers(self._config.tls)
-        if certificates is None:
-            port = self._server.add_insecure_port(f"{host}:0")
-        else:
-            port = self._server.add_secure_port(f"{host}:0", certificates.grpc_server())
-        await self._server.start()
-        for name in ("", _SERVICE):
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
-        return f"{host}:{port}"
+    async def _serve(self, service: DraftService, certificates: Certificates | None) -> str:
+        self._port = GrpcPort(
+            self._spec.host,
+            _SERVICE,
+            partial(draft_pb2_grpc.add_DraftServiceServicer_to_server, service),
+            token="" if is_loopback(self._spec.host) else await self._registry_token(),
+            certificates=certificates,
+            options=CHANNEL_OPTIONS,
+        )
+        await self._port.open()
+        return self._port.address
 
     async def _registry_token(self) -> str:
         return await Registry(self._redis, self._config.cluster, self._config.router).token()
-
-    def _open_ops(self) -> OpsServer:
-        host, port, loop = self._spec.host, self._pool.ops_port, asyncio.get_running_loop()
-        if port and not is_loopback(host):
-            host = "::" if ":" in host else "0.0.0.0"  # noqa: S104 - as for engines: a pod drains itself over loopback
-
-        def drain() -> None:
-            asyncio.run_coroutine_threadsafe(self._leave(), loop).result(10)
-
-        certificates = peers(self._config.tls)
-        try:
-            tls = certificates.server_context(clients=False) if certificates else None
-            return OpsServer(host, port, live=self.failure, ready=self._unready, drain=drain, tls=tls)
-        except OSError as error:
-            raise ConfigError(
-                f"pool {self._pool.name!r}: the operator's port {port} is taken: ops_port: 0 picks a free one"
-            ) from error
 
     def _unready(self) -> str:
         return "it drains" if self._leaving else self.failure()
