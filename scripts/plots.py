@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import matplotlib as mpl
@@ -43,7 +44,26 @@ def handoff(figure: Figure, rows: Rows) -> None:
         axes.set(xlabel="prompt tokens", title=f"link: {link}", ylabel="ms after prefill")
 
 
-PICTURES: dict[str, Callable[[Figure, Rows], None]] = {"kv": kv, "handoff": handoff}
+def goodput(figure: Figure, rows: Rows) -> None:
+    """For each trace the share of requests that kept their limits, and the P99 gap between tokens, by rate; medians."""
+    traces = list(dict.fromkeys(row["trace"] for row in rows))
+    panels = figure.subplots(len(traces), 2, squeeze=False)
+    for (attained, gap), trace in zip(panels, traces, strict=True):
+        for side in dict.fromkeys(row["side"] for row in rows):
+            mine = [row for row in rows if row["trace"] == trace and row["side"] == side]
+            rates = sorted({row["rate"] for row in mine})
+            for axes, name, factor in ((attained, "attained", 100), (gap, "gap_p99_s", 1000)):
+                values = [median(row[name] * factor for row in mine if row["rate"] == rate) for rate in rates]
+                axes.plot(rates, values, marker="o", markersize=3, label=side)
+        attained.axhline(90, color="grey", linewidth=0.8, linestyle="--")
+        attained.set(xlabel="requests/s", ylabel="% within limits", title=trace, ylim=(0, 102))
+        gap.set(xlabel="requests/s", ylabel="P99 ms between tokens", title=trace, ylim=(0, None))
+        attained.legend(fontsize=8)
+        for axes in (attained, gap):
+            axes.grid(alpha=0.3)
+
+
+PICTURES: dict[str, Callable[[Figure, Rows], None]] = {"kv": kv, "handoff": handoff, "goodput": goodput}
 
 
 def lines(axes: Axes, rows: Rows, key: str, x: str, y: str) -> None:
@@ -66,7 +86,8 @@ def draw(file: Path) -> Path | None:
     if picture is None:
         return None
     links = len({row.get("link") for row in result["rows"]})
-    figure = Figure(figsize=(5 + 3 * (links - 1), 3.6), layout="constrained")
+    down, across = (len({row["trace"] for row in result["rows"]}), 2) if picture is goodput else (1, links)
+    figure = Figure(figsize=(5 + 3 * (across - 1), 3.6 * down), layout="constrained")
     picture(figure, result["rows"])
     IMAGES.mkdir(parents=True, exist_ok=True)
     target = IMAGES / f"{file.stem}.svg"

@@ -128,6 +128,27 @@ def gateway(
 
 
 @bench.command()
+def goodput(
+    trace: Annotated[
+        list[str], typer.Option(help="FILE:PROMPT:ANSWER, a trace and the factors of its lengths; may be repeated")
+    ],
+    seconds: Annotated[float, typer.Option(help="Of arrivals at each rate", min=5)] = 30.0,
+    seeds: Annotated[int, typer.Option(help="Of arrivals at each rate", min=1)] = 3,
+    json: Json = None,
+) -> None:
+    """Traffic served within limits on two cores: `auto` and `always` against two plain engines behind vllm-router."""
+    from joinwise.actors.bench import report
+    from joinwise.actors.bench.goodput import parse, run
+
+    with _progress() as say:
+        figures, rows = run([parse(each) for each in trace], seconds, seeds, say)
+    _show_figures("goodput", figures)
+    if json is not None:
+        how = "two engines on one core each on every side, idle while another is measured; the client on the same cores"
+        report.write(json, "goodput", figures, rows, report.machine(sides=how, seconds=seconds, seeds=seeds))
+
+
+@bench.command()
 def router(
     decisions: Annotated[int, typer.Option(help="Decisions by each gateway", min=64)] = 2000,
     race: Annotated[int, typer.Option(help="Decisions by each of 8 processes in the race", min=100)] = 5000,

@@ -1,0 +1,289 @@
+"""`joinwise bench goodput`: how much traffic two cores serve within limits, split by phase or not.
+
+Two engines, one core each, behind joinwise with its policy `auto`; the same two as plain vLLM servers behind
+`vllm-router`; and, for information, joinwise with `split: always`. Requests arrive as in a trace whose lengths are
+scaled to the small model, whether or not earlier ones are done; prompts are random tokens, so that no cache helps.
+
+A request *attains* when its first token comes within `ttft_limit_s` and the mean of its later gaps is within
+`tpot_limit_s`. Both are multiples of what one plain engine alone needs for the trace's typical request, measured in the
+same run. The *goodput* of a side is the rate up to which 90% attain (DistServe, arXiv 2401.09670, section 2). The plain
+pair's is looked for first; then all sides meet the same arrivals at rates around it, in turns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import random
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from joinwise.actors.bench.local import local_cluster
+from joinwise.actors.bench.plain import plain_vllm
+from joinwise.actors.bench.serve import MODEL, Answer, question, stream_into
+from joinwise.actors.bench.server import free_port, server
+from joinwise.actors.models import resolve_model
+from joinwise.cluster.config import JoinwiseConfig
+from joinwise.cluster.errors import ConfigError
+from joinwise.cluster.simulate.trace import Trace, load
+
+RATES = (0.5, 0.75, 1.0, 1.25, 1.5)
+OURS, PLAIN, ALWAYS = "joinwise auto", "plain pair", "joinwise always split"
+_ENOUGH = 0.9
+_TTFT_FACTOR, _TPOT_FACTOR = 8.0, 4.0
+_MAX_MODEL_LEN = 2048
+_ENGINE = {"enforce_eager": True, "kv_cache_memory_bytes": 400_000_000, "block_size": 32, "max_num_seqs": 32}
+_PATIENCE_S = 60.0
+_STEPS = 8
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request must keep, in seconds: to the first token, and from token to token on average."""
+
+    ttft_s: float
+    tpot_s: float
+
+    def kept(self, answer: Answer, tokens: int) -> bool:
+        """Whether a whole answer came in time."""
+        if len(answer.times) < tokens:
+            return False
+        gaps = answer.gaps
+        return answer.times[0] <= self.ttft_s and (not gaps or statistics.fmean(gaps) <= self.tpot_s)
+
+
+def run(
+    traces: Sequence[tuple[Trace, float, float]], seconds: float, seeds: int, say: Say
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Run the benchmark.
+
+    Args:
+        traces: each with the factors of its prompts' and answers' lengths.
+        seconds: of arrivals at each rate.
+        seeds: of arrivals at each rate.
+        say: is told what happens.
+
+    Returns:
+        Figures, the worst over the traces; and a row for each trace, rate, side and seed.
+
+    Raises:
+        ConfigError: `vllm-router` is not on the PATH.
+    """
+    if shutil.which("vllm-router") is None:
+        raise ConfigError("vllm-router is not on the PATH: pip install vllm-router")
+    found: list[dict[str, float]] = []
+    rows: list[dict[str, Any]] = []
+    with ExitStack() as stack, tempfile.TemporaryDirectory(prefix="joinwise-bench-") as folder:
+        urls, alone = _start(stack, Path(folder), say)
+        for trace, prompt, output in traces:
+            scaled = trace.scaled(prompt=prompt, output=output)
+            mine = asyncio.run(_measure(scaled, urls, alone, seconds, seeds, say))
+            found.append(figures_of(mine))
+            rows += mine
+    worst = {"goodput_ratio_best_other": min, "attainment_margin_min": min, "p99_gap_ratio_plain_pair": max}
+    figures = {name: choose(each[name] for each in found) for name, choose in worst.items()}
+    for (trace, *_), each in zip(traces, found, strict=True):
+        figures |= {f"{name}_{trace.name}": value for name, value in each.items()}
+    return {name: round(value, 4) for name, value in figures.items()}, rows
+
+
+def parse(text: str) -> tuple[Trace, float, float]:
+    """A trace and the factors of its prompts' and answers' lengths, from `FILE:PROMPT:ANSWER`.
+
+    Raises:
+        ConfigError: another form, or no such trace.
+    """
+    try:
+        file, prompt, output = text.rsplit(":", 2)
+        return load(Path(file)), float(prompt), float(output)
+    except ValueError:
+        raise ConfigError(f"{text!r} is not FILE:PROMPT:ANSWER, such as trace.csv:0.15:0.2") from None
+
+
+def _start(stack: ExitStack, folder: Path, say: Say) -> tuple[dict[str, str], str]:
+    """All sides' URLs, and that of one plain engine."""
+    model = resolve_model(MODEL, progress=say)
+    urls = {}
+    for side, router in ((OURS, {"split": "auto"}), (ALWAYS, {"split": "always", "moves": False})):
+        say(f"starting {side}")
+        facts = stack.enter_context(local_cluster(_cluster(side, router), folder))
+        urls[side] = facts["addresses"]["http"]
+    engine = {"dtype": "float32", "max_model_len": _MAX_MODEL_LEN, **_ENGINE}
+    servers = []
+    for number, core in enumerate(sorted(os.sched_getaffinity(0))[:2]):
+        say(f"starting plain vLLM on core {core}")
+        log = folder / f"plain-{number}.log"
+        servers.append(stack.enter_context(plain_vllm(str(model.path), MODEL, [core], engine, log)))
+    port = free_port()
+    command = ["vllm-router", "--worker-urls", *servers, "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--policy", "power_of_two", "--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())]
+    urls[PLAIN] = stack.enter_context(server("vllm-router", command, port, folder / "router.log"))
+    return urls, servers[0]
+
+
+async def _measure(
+    trace: Trace, urls: dict[str, str], alone: str, seconds: float, seeds: int, say: Say
+) -> list[dict[str, Any]]:
+    """Rows of one trace."""
+    limits = await _limits(trace, alone, say)
+    for url in urls.values():
+        await _one_after_another(url, trace, 4)
+    goodput = await _goodput(trace, urls[PLAIN], limits, seconds, say)
+    rows = []
+    for turn, (seed, share) in enumerate(itertools.product(range(seeds), RATES)):
+        for side in list(urls) if turn % 2 else reversed(urls):
+            say(f"{trace.name}: {side} at {share:g} of {goodput:.2f}/s, seed {seed}")
+            row = await _load(trace, urls[side], limits, share * goodput, seconds, 1000 + turn)
+            rows.append(
+                {"trace": trace.name, "side": side, "share": share, "rate": share * goodput, "seed": seed} | row
+            )
+    return rows
+
+
+async def _limits(trace: Trace, url: str, say: Say) -> Limits:
+    """From one engine's answers to typical requests, one at a time."""
+    say(f"{trace.name}: one plain engine alone")
+    answers = await _one_after_another(url, trace, 12)
+    ttft = statistics.median(answer.times[0] for answer in answers)
+    tpot = statistics.median(gap for answer in answers for gap in answer.gaps)
+    return Limits(_TTFT_FACTOR * ttft, _TPOT_FACTOR * tpot)
+
+
+async def _one_after_another(url: str, trace: Trace, count: int) -> list[Answer]:
+    """Answers to requests of the trace's mean lengths."""
+    prompt = round(statistics.fmean(each.prompt for each in trace.arrivals))
+    rng = random.Random(os.urandom(8))  # noqa: S311 - other prompts whenever this is called
+    async with httpx.AsyncClient(base_url=url, timeout=_PATIENCE_S) as client:
+        answers = []
+        for _ in range(count):
+            answers.append(Answer())
+            await stream_into(answers[-1], client, question(_prompt(rng, prompt), 16), {}, time.perf_counter())
+    return answers[count // 3 :]  # the first warm up
+
+
+async def _goodput(trace: Trace, url: str, limits: Limits, seconds: float, say: Say) -> float:
+    """The rate up to which 90% attain, between two rates that were tried."""
+    rate, good, bad = 1.0, 0.0, 0.0
+    for step in range(_STEPS):
+        row = await _load(trace, url, limits, rate, seconds, step)
+        say(f"{trace.name}: {PLAIN} at {rate:.2f}/s attains {row['attained']:.0%}")
+        if row["attained"] >= _ENOUGH:
+            good = rate
+        else:
+            bad = rate
+        if good and bad and bad / good < 1.15:
+            break
+        rate = (good * bad) ** 0.5 if good and bad else 2 * rate if good else rate / 2
+    if not good:
+        raise ConfigError(f"{trace.name}: the plain pair keeps its limits at no rate: scale its lengths down")
+    return good
+
+
+async def _load(trace: Trace, url: str, limits: Limits, rate: float, seconds: float, seed: int) -> dict[str, Any]:
+    """Send what arrives in so many seconds, wait for all of it, and say how it went."""
+    rng = random.Random(seed)  # noqa: S311 - the same for all sides
+    first = rng.randrange(len(trace.arrivals) // 2)
+    count = max(10, round(rate * seconds))
+    part = Trace(trace.name, trace.arrivals[first : first + count]).redrawn(rate, seed)
+    asks = [(each.at, _prompt(rng, min(each.prompt, 1500)), min(each.output, 400)) for each in part.arrivals]
+    limit = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=_PATIENCE_S, limits=limit) as client:
+        begin = time.perf_counter()
+        answers = await asyncio.gather(*(_ask(client, begin, *ask) for ask in asks))
+    whole = [answer for answer, (_, _, tokens) in zip(answers, asks, strict=True) if len(answer.times) >= tokens]
+    gaps = sorted(gap for answer in whole for gap in answer.gaps)
+    kept = sum(limits.kept(answer, tokens) for answer, (_, _, tokens) in zip(answers, asks, strict=True))
+    return {
+        "requests": len(asks),
+        "whole": len(whole),
+        "attained": kept / len(asks),
+        "ttft_limit_s": limits.ttft_s,
+        "tpot_limit_s": limits.tpot_s,
+        "ttft_p50_s": _quantile([answer.times[0] for answer in whole], 0.5),
+        "ttft_p90_s": _quantile([answer.times[0] for answer in whole], 0.9),
+        "tpot_p90_s": _quantile([statistics.fmean(answer.gaps) for answer in whole if answer.gaps], 0.9),
+        "gap_p99_s": _quantile(gaps, 0.99),
+        "seconds": time.perf_counter() - begin,
+    }
+
+
+async def _ask(client: httpx.AsyncClient, begin: float, at: float, prompt: list[int], tokens: int) -> Answer:
+    """One request at its time; whatever ends it early, its answer is not whole."""
+    await asyncio.sleep(max(0.0, begin + at - time.perf_counter()))
+    answer = Answer()
+    try:
+        await stream_into(answer, client, question(prompt, tokens), {}, begin + at)
+    except (httpx.HTTPError, RuntimeError):
+        answer.times.clear()
+    return answer
+
+
+def figures_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Figures of one trace: goodput over the plain pair's, the least difference in attainment, and P99 gaps' ratio."""
+
+    def median(side: str, share: float, name: str) -> float:
+        return statistics.median(row[name] for row in rows if row["side"] == side and row["share"] == share)
+
+    def margin(share: float) -> float:
+        ours, plain = (
+            [row["attained"] for row in rows if row["side"] == side and row["share"] == share] for side in (OURS, PLAIN)
+        )
+        return statistics.median(mine - theirs for mine, theirs in zip(ours, plain, strict=True))
+
+    shares = sorted({row["share"] for row in rows})
+    reached = {side: _reached([(share, median(side, share, "attained")) for share in shares]) for side in (OURS, PLAIN)}
+    equal = max(
+        (share for share in shares if all(median(side, share, "attained") >= _ENOUGH for side in (OURS, PLAIN))),
+        default=shares[0],
+    )
+    return {
+        "goodput_ratio_best_other": reached[OURS] / max(reached[PLAIN], 1e-9),
+        "attainment_margin_min": min(map(margin, shares)),
+        "p99_gap_ratio_plain_pair": median(OURS, equal, "gap_p99_s") / median(PLAIN, equal, "gap_p99_s"),
+        "equal_load_share": equal,
+    }
+
+
+def _reached(points: Sequence[tuple[float, float]]) -> float:
+    """Where attainment falls below 90%, between the points; the last where it never does."""
+    before, high = 0.0, 1.0
+    for share, attained in points:
+        if attained < _ENOUGH:
+            return before + (share - before) * (high - _ENOUGH) / max(high - attained, 1e-9)
+        before, high = share, attained
+    return before
+
+
+def _prompt(rng: random.Random, tokens: int) -> list[int]:
+    return [rng.randrange(1000, 40_000) for _ in range(tokens)]
+
+
+def _quantile(values: Sequence[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("inf")
+
+
+def _cluster(side: str, router: dict[str, Any]) -> JoinwiseConfig:
+    model = {"name": MODEL, "model": MODEL, "dtype": "float32", "max_model_len": _MAX_MODEL_LEN}
+    pools = [{"name": role, "model": MODEL, "role": role, "engine": dict(_ENGINE)} for role in ("prefill", "decode")]
+    return JoinwiseConfig.model_validate(
+        {
+            "cluster": f"bench-{side.replace(' ', '-')}",
+            "models": [model],
+            "pools": pools,
+            "gateway": {"http_port": 0, "grpc_port": 0, "drain_s": 2},
+            "router": router,
+        }
+    )
