@@ -5,7 +5,7 @@ PATHS := cluster actors kernels scripts tests setup.py
 # Extra arguments of pytest: make test ARGS="-k router -x"
 ARGS ?=
 .DEFAULT_GOAL := help
-.PHONY: help env demo models test test-unit test-gpu bench-gpu helm-test security-test screenshots check check-format check-lint check-types check-imports check-proto check-size \
+.PHONY: help env demo models test test-unit test-gpu bench-gpu chaos helm-test security-test screenshots check check-format check-lint check-types check-imports check-proto check-size \
         format proto proto-accept-breaking golden lock wheel clean
 
 help: ## list the targets
@@ -30,6 +30,11 @@ ROUNDS ?= 1000
 fuzz-kv: env ## KV transfers that meet random faults, with engines and without: make fuzz-kv ROUNDS=1000
 	HF_HUB_OFFLINE=1 FUZZ_ROUNDS=$(ROUNDS) .venv/bin/pytest -s -o session_timeout=0 --timeout=0 \
 	  tests/unit/test_kv_fuzz.py tests/unit/test_kv_killed.py tests/integration/test_kv_faults.py $(ARGS)
+
+SEEDS ?= 10
+chaos: env ## break a cluster under load by the schedules of ten seeds: make chaos SEEDS=10
+	@mkdir -p out
+	HF_HUB_OFFLINE=1 .venv/bin/joinwise chaos --requests 200 --seeds $(SEEDS) --json out/chaos.json $(ARGS)
 
 test-gpu: env ## the tests that need a GPU: kernels, KV in device memory, engines; says what it skips, and why
 	HF_HUB_OFFLINE=1 .venv/bin/pytest -m gpu -rs tests/unit/test_kv_pack_gpu.py tests/unit/test_kv_codec.py \

@@ -28,6 +28,7 @@ ENGINE_COMMANDS = {
     "down": "Stop a cluster and everything that it started.",
     "demo": "Start a small cluster, ask it one question, show where the time went, stop it.",
     "bench": "Measure a cluster against plain vLLM.",
+    "chaos": "Break a cluster of its own under load, and count what its clients notice.",
     "profile": "Measure an engine here, for `joinwise simulate` and `joinwise plan`.",
 }
 _EXTRA = ("ray", "vllm", "torch")  # what both extras bring

@@ -1,0 +1,45 @@
+"""`joinwise chaos`."""
+
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+
+def chaos(
+    requests: Annotated[int, typer.Option(help="Requests for each seed, at least", min=1)] = 200,
+    seed: Annotated[int, typer.Option(help="The first seed")] = 0,
+    seeds: Annotated[int, typer.Option(help="Seeds, from the first on; each draws a schedule", min=1)] = 1,
+    fault: Annotated[list[str] | None, typer.Option(help="Only these faults; all by default")] = None,
+    prefill: Annotated[int, typer.Option(help="Prefill engines", min=1)] = 1,
+    decode: Annotated[int, typer.Option(help="Decode engines", min=1)] = 2,
+    rate: Annotated[float, typer.Option(help="Requests a second", min=0.1)] = 2.0,
+    json: Annotated[Path | None, typer.Option("--json", help="Write figures, faults and the machine here")] = None,
+) -> None:
+    """Break a cluster of its own under load, and count what its clients notice. Fails unless that is nothing."""
+    from joinwise.actors.bench import report
+    from joinwise.actors.chaos.run import MUST_BE_ZERO, Settings, run
+    from joinwise.actors.chaos.schedule import KINDS
+    from joinwise.cluster.errors import ConfigError
+
+    if unknown := [name for name in fault or () if name not in KINDS]:
+        raise ConfigError(f"no fault {unknown[0]!r}; there are {', '.join(KINDS)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what it has started must end with it
+    kinds = [kind for kind in KINDS if not fault or kind in fault]
+    settings = Settings(requests, range(seed, seed + seeds), kinds, prefill, decode, rate=rate)
+    stderr = Console(stderr=True, highlight=False)
+    figures, rows = run(settings, lambda line: stderr.print(line, markup=False))
+    table = Table("figure", "value", title="joinwise chaos")
+    for name, value in figures.items():
+        style = "bold red" if value and name in MUST_BE_ZERO else ""
+        table.add_row(name, f"{value:g}", style=style)
+    Console().print(table)
+    if json is not None:
+        sides = f"{prefill} prefill and {decode} decode engines in float32, one gateway, one Redis; all share the cores"
+        report.write(json, "chaos", figures, rows, report.machine(sides=sides, rate=rate))
+    if any(figures[name] for name in MUST_BE_ZERO):
+        raise typer.Exit(1)

@@ -1,0 +1,156 @@
+"""Breaks one thing of a cluster, in the phase that is meant, and proves that it has.
+
+Each fault waits for its moment, strikes, and looks at the process, the counter or the server that shows it: a fault
+that did not fire would let a cluster pass that was never tried.
+"""
+
+import asyncio
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import psutil
+
+from joinwise.actors.chaos.load import Load
+from joinwise.actors.chaos.schedule import Fault, Kind
+from joinwise.actors.chaos.site import Site, idle
+from joinwise.cluster.errors import JoinwiseError
+from joinwise.cluster.router.registry import WorkerInfo
+
+_MOMENT_S = 60.0  # until the phase has come
+_DIES_S = 5.0
+_LOOK_S = 0.005
+
+
+class NotFiredError(JoinwiseError):
+    """A fault that did not happen, or not in its phase."""
+
+
+@dataclass(frozen=True)
+class Fired:
+    """A fault that has happened.
+
+    Attributes:
+        evidence: what proves it.
+        gone: the worker that must be replaced; "" for none.
+        pid: the process that must be gone in the end; 0 for none.
+    """
+
+    evidence: dict[str, Any]
+    gone: str = ""
+    pid: int = 0
+
+
+async def strike(fault: Fault, site: Site, load: Load) -> Fired:
+    """Break what a fault says once its phase has come.
+
+    Raises:
+        NotFiredError: the phase did not come within a minute, or nothing broke.
+    """
+    try:
+        async with asyncio.timeout(_MOMENT_S):
+            await load.wait_midway()
+    except TimeoutError:
+        raise NotFiredError(f"{fault.kind}: no stream was midway") from None
+    return await _FAULTS[fault.kind](fault, site, load)
+
+
+async def _victim(fault: Fault, site: Site, role: str) -> tuple[WorkerInfo, int]:
+    """A worker of a role with requests in its engine, and how many."""
+    try:
+        async with asyncio.timeout(_MOMENT_S):
+            while True:
+                busy = await site.busy(role)
+                worker = busy[int(fault.victim * len(busy))]
+                if held := (await idle(worker)).scheduler_requests:
+                    return worker, held
+    except TimeoutError:
+        raise NotFiredError(f"{fault.kind}: no {role} worker was busy") from None
+
+
+async def _kill_worker(fault: Fault, site: Site, load: Load) -> Fired:
+    worker, held = await _victim(fault, site, fault.kind.partition("-")[2])
+    process = site.process_at(worker.engine_address)
+    midway = load.midway
+    await _end(process)
+    return Fired({"requests_in_engine": held, "streams_midway": midway}, worker.worker_id, process.pid)
+
+
+async def _freeze_worker(fault: Fault, site: Site, load: Load) -> Fired:
+    worker, held = await _victim(fault, site, fault.kind.partition("-")[2])
+    process = site.process_at(worker.engine_address)
+    process.send_signal(signal.SIGSTOP)
+    if not await asyncio.to_thread(_has_stopped, process):
+        raise NotFiredError(f"{fault.kind}: process {process.pid} runs on after SIGSTOP")
+    return Fired({"requests_in_engine": held, "process": process.status()}, worker.worker_id, process.pid)
+
+
+async def _drain_worker(fault: Fault, site: Site, load: Load) -> Fired:
+    """As before a pod ends: it drains, says so, and then its process ends."""
+    worker, held = await _victim(fault, site, fault.kind.partition("-")[2])
+    process = site.process_at(worker.engine_address)
+    async with httpx.AsyncClient(timeout=site.config.gateway.drain_s + _MOMENT_S) as client:
+        told = (await client.post(f"http://{worker.metrics_address}/drain")).text.strip()
+    if "waited" not in told or "left behind" in told or "did not answer" in told:
+        raise NotFiredError(f"{fault.kind}: {told}")
+    await _end(process)
+    return Fired({"requests_in_engine": held, "drain": told}, worker.worker_id, process.pid)
+
+
+async def _kill_gateway(fault: Fault, site: Site, load: Load) -> Fired:
+    process = site.process_at(site.grpc)
+    midway = load.midway
+    if not midway:
+        raise NotFiredError(f"{fault.kind}: no stream was midway")
+    await _end(process)
+    return Fired({"streams_midway": midway}, pid=process.pid)
+
+
+async def _break_redis(fault: Fault, site: Site, load: Load) -> Fired:
+    """It is down for a while, and comes back with what it has written to disk, or with nothing."""
+    before, midway = site.redis.keys(), load.midway
+    site.redis.kill()
+    if await asyncio.to_thread(site.redis.answers):
+        raise NotFiredError(f"{fault.kind}: it still answers")
+    if fault.kind == "lose-redis":
+        site.redis.forget()
+    await asyncio.sleep(fault.outage_s)
+    await asyncio.to_thread(site.redis.start)
+    after = site.redis.keys()
+    if fault.kind == "kill-redis" and not after:
+        raise NotFiredError(f"{fault.kind}: {before} keys were not on disk")
+    keys = {"keys_before": before, "keys_after": after}
+    return Fired({"streams_midway": midway, **keys, "outage_s": round(fault.outage_s, 2)})
+
+
+def _has_stopped(process: psutil.Process) -> bool:
+    deadline = time.monotonic() + _DIES_S
+    while process.status() != psutil.STATUS_STOPPED:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_LOOK_S)
+    return True
+
+
+async def _end(process: psutil.Process) -> None:
+    process.kill()
+    try:
+        await asyncio.to_thread(process.wait, _DIES_S)
+    except psutil.TimeoutExpired:
+        if process.status() != psutil.STATUS_ZOMBIE:
+            raise NotFiredError(f"process {process.pid} lives on after SIGKILL") from None
+
+
+_FAULTS: dict[Kind, Callable[[Fault, Site, Load], Awaitable[Fired]]] = {
+    "kill-prefill": _kill_worker,
+    "kill-decode": _kill_worker,
+    "freeze-prefill": _freeze_worker,
+    "freeze-decode": _freeze_worker,
+    "drain-decode": _drain_worker,
+    "kill-gateway": _kill_gateway,
+    "kill-redis": _break_redis,
+    "lose-redis": _break_redis,
+}

@@ -1,0 +1,41 @@
+"""What is broken, in which order, how long after the last: drawn from a seed, so that a run can be had again."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Kind = Literal[
+    "kill-prefill", "kill-decode", "kill-gateway", "freeze-prefill", "freeze-decode", "drain-decode", "kill-redis",
+    "lose-redis",
+]  # fmt: skip
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+#: Their clients may have to ask again: the gateway holds their connections.
+NOTICED: frozenset[Kind] = frozenset({"kill-gateway"})
+
+_LONGEST_PAUSE_S = 2.0
+_OUTAGE_S = (1.0, 6.0)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing to break.
+
+    Attributes:
+        pause_s: seconds between the recovery from the one before and the look for this one's moment.
+        outage_s: seconds after which a Redis is started again.
+        victim: which of several workers in the right phase, as a share of their number: 0 up to 1.
+    """
+
+    kind: Kind
+    pause_s: float
+    outage_s: float
+    victim: float
+
+
+def draw(seed: int, kinds: Sequence[Kind] = KINDS) -> list[Fault]:
+    """Every kind once, in an order of the seed's."""
+    rng = random.Random(seed)  # noqa: S311 - reproducible, not secret
+    order = rng.sample(list(kinds), len(kinds))
+    return [Fault(kind, rng.uniform(0, _LONGEST_PAUSE_S), rng.uniform(*_OUTAGE_S), rng.random()) for kind in order]

@@ -1,0 +1,142 @@
+"""The cluster that is broken: its configuration, its workers as Redis knows them, and the processes behind them."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import httpx
+import psutil
+
+from joinwise.actors.chaos.redis_server import RedisServer
+from joinwise.cluster.config import JoinwiseConfig
+from joinwise.cluster.errors import InternalError, StoreUnavailableError
+from joinwise.cluster.router.registry import Registry, WorkerInfo
+from joinwise.cluster.store.client import connect
+from joinwise.proto import engine_pb2, engine_pb2_grpc
+
+MODEL = "smollm2-135m-instruct"
+_ENGINE = {"enforce_eager": True, "kv_cache_memory_bytes": 200_000_000, "block_size": 32, "max_num_seqs": 8}
+_MAX_MODEL_LEN = 2048
+#: Engine arguments of the undisturbed engine, whose answers are the right ones.
+PLAIN_ENGINE = {**_ENGINE, "dtype": "float32", "max_model_len": _MAX_MODEL_LEN}
+
+_POLL_S = 0.2
+_LOOK_S = 0.005
+_ANSWER_S = 5.0
+
+
+def cluster_config(name: str, redis_url: str, *, prefill: int, decode: int) -> JoinwiseConfig:
+    """A small cluster in float32 that notices quickly, where every request is split."""
+    # Prompts in chunks, and never from a cache: prefill takes long enough to be hit.
+    slow = {"max_num_batched_tokens": 128, "enable_prefix_caching": False}
+    pools = [
+        {"name": "prefill", "model": MODEL, "role": "prefill", "replicas": prefill, "engine": {**_ENGINE, **slow}},
+        {"name": "decode", "model": MODEL, "role": "decode", "replicas": decode, "engine": dict(_ENGINE)},
+    ]
+    return JoinwiseConfig.model_validate(
+        {
+            "cluster": name,
+            "models": [{"name": MODEL, "model": MODEL, "dtype": "float32", "max_model_len": _MAX_MODEL_LEN}],
+            "pools": pools,
+            "redis": {"url": redis_url},
+            "kv": {"transfer_timeout_s": 5},
+            "router": {"split": "always", "moves": False, "worker_ttl_s": 3, "lease_s": 10},
+            "gateway": {"http_port": 0, "grpc_port": 0, "drain_s": 20},
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Site:
+    """A running cluster of this command's own.
+
+    Attributes:
+        facts: of its run file.
+        launcher: the launcher's process, whose descendants all of the cluster's are.
+    """
+
+    config: JoinwiseConfig
+    facts: dict[str, Any]
+    launcher: int
+    redis: RedisServer
+
+    @property
+    def http(self) -> str:
+        """Base URL of the gateway."""
+        return str(self.facts["addresses"]["http"])
+
+    @property
+    def grpc(self) -> str:
+        """host:port of the gateway."""
+        return str(self.facts["addresses"]["grpc"])
+
+    async def workers(self, role: str = "") -> tuple[WorkerInfo, ...]:
+        """Live workers that take requests, of a role if one is named; none while Redis does not answer."""
+        client = connect(self.redis.url, self.config.redis)
+        try:
+            found = await Registry(client, self.config.cluster, self.config.router).list()
+        except StoreUnavailableError:
+            return ()
+        finally:
+            await client.aclose()
+        return tuple(info for info in found if not role or info.role == role)
+
+    async def busy(self, role: str) -> Sequence[WorkerInfo]:
+        """The workers of a role that have requests in their engines; waits for one."""
+        while True:
+            found = []
+            for worker in await self.workers(role):
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    if (await idle(worker)).scheduler_requests:
+                        found.append(worker)
+            if found:
+                return found
+            await asyncio.sleep(_LOOK_S)
+
+    async def wait_whole(self, gone: str, timeout_s: float) -> float | None:
+        """Wait until all workers that there should be take requests, one that is named not among them, and the gateway
+        answers; returns the seconds that this took, None if it did not come to pass in time."""
+        begin = time.monotonic()
+        wanted = {pool.name: pool.replicas for pool in self.config.pools}
+        async with httpx.AsyncClient(base_url=self.http, timeout=_ANSWER_S) as client:
+            while time.monotonic() - begin < timeout_s:
+                live = await self.workers()
+                counts = {name: sum(info.pool == name for info in live) for name in wanted}
+                if counts == wanted and gone not in {info.worker_id for info in live} and await _healthy(client):
+                    return time.monotonic() - begin
+                await asyncio.sleep(_POLL_S)
+        return None
+
+    def process_at(self, address: str) -> psutil.Process:
+        """The process that listens at an address.
+
+        Raises:
+            InternalError: nobody does, or a process that is not of this cluster.
+        """
+        port = int(address.rpartition(":")[2])
+        listening = [each for each in psutil.net_connections("tcp") if each.status == psutil.CONN_LISTEN]
+        owners = {each.pid for each in listening if each.laddr.port == port and each.pid}
+        if len(owners) != 1:
+            raise InternalError(f"{len(owners)} processes listen at {address}")
+        found = psutil.Process(owners.pop())
+        if self.launcher not in {parent.pid for parent in found.parents()}:
+            raise InternalError(f"process {found.pid} at {address} is not of this cluster")
+        return found
+
+
+async def idle(worker: WorkerInfo) -> engine_pb2.IdleResponse:
+    """What a worker holds now. Raises grpc.aio.AioRpcError when it does not answer."""
+    async with grpc.aio.insecure_channel(worker.engine_address) as channel:
+        stub = engine_pb2_grpc.EngineServiceStub(channel)
+        return await stub.Idle(engine_pb2.IdleRequest(), timeout=_ANSWER_S)
+
+
+async def _healthy(client: httpx.AsyncClient) -> bool:
+    try:
+        return (await client.get("/health")).status_code == 200
+    except httpx.HTTPError:
+        return False

@@ -1,0 +1,296 @@
+"""`joinwise chaos`: what it draws, and that it finds every kind of bad answer, fault that did not fire, and leak."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from joinwise.actors.chaos import faults, run, schedule
+from joinwise.actors.chaos.load import Load, Outcome, Question, questions, verdict
+from joinwise.actors.chaos.redis_server import RedisServer
+from joinwise.actors.chaos.schedule import KINDS, Fault
+from joinwise.actors.chaos.site import Site, cluster_config
+from joinwise.cluster.errors import InternalError
+
+RIGHT = list(range(100, 120))
+
+
+def test_a_seed_draws_every_fault_once_and_the_same_again() -> None:
+    first = schedule.draw(7)
+    assert sorted(fault.kind for fault in first) == sorted(KINDS)
+    assert first == schedule.draw(7)
+    assert len({tuple(fault.kind for fault in schedule.draw(seed)) for seed in range(10)}) > 5
+    assert [fault.kind for fault in schedule.draw(3, ["kill-redis"])] == ["kill-redis"]
+
+
+def test_every_kind_can_be_struck() -> None:
+    assert set(faults._FAULTS) == set(KINDS)
+    assert set(KINDS) >= schedule.NOTICED
+
+
+@pytest.mark.parametrize(
+    ("got", "whole", "said"),
+    [
+        (RIGHT, True, ""),
+        (RIGHT[:7], False, ""),
+        ([], False, ""),
+        (RIGHT[:7], True, "torn"),  # it says that this is all
+        ([], True, "torn"),
+        ([*RIGHT, 5], False, "torn"),
+        ([*RIGHT[:8], *RIGHT[6:]], True, "torn"),  # two positions came twice
+        ([*RIGHT[:8], *RIGHT[9:]], True, "torn"),  # one never came
+        ([*RIGHT[:8], 5, *RIGHT[9:]], True, "wrong"),
+        ([5], False, "wrong"),
+    ],
+)
+def test_verdict(got: list[int], whole: bool, said: str) -> None:
+    assert verdict(got, RIGHT, whole=whole) == said
+
+
+def answer(tokens: list[int], *, done: bool = True, error: dict[str, Any] | None = None) -> httpx.Response:
+    chunks: list[dict[str, Any]] = [{"choices": [{"token_ids": [token]}]} for token in tokens]
+    chunks += [{"error": error}] if error else []
+    lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks] + (["data: [DONE]\n\n"] if done else [])
+    return httpx.Response(200, text="".join(lines))
+
+
+async def outcome_of(*replies: httpx.Response | Exception) -> Outcome:
+    """What becomes of one request that is answered so, and so when asked again."""
+    left = iter(replies)
+
+    def reply(_: httpx.Request) -> httpx.Response:
+        found = next(left)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    over = asyncio.Event()
+    over.set()
+    asked = [Question((1, 2), len(RIGHT))]
+    async with httpx.AsyncClient(transport=httpx.MockTransport(reply), base_url="http://gateway") as client:
+        load = Load(client, None, "model", asked, [RIGHT], rate=1000)
+        await load.run(1, over)
+    assert load.midway == 0
+    (found,) = load.outcomes
+    return found
+
+
+async def test_a_right_answer() -> None:
+    found = await outcome_of(answer(RIGHT))
+    assert found.right and not found.errors and not found.lost
+
+
+@pytest.mark.parametrize(
+    ("first", "code"),
+    [
+        (httpx.Response(503, text="{}"), "no_worker"),
+        (httpx.Response(429, text="{}"), "overloaded"),
+        (httpx.RemoteProtocolError("closed"), "unreachable"),
+        (answer(RIGHT[:4], error={"code": 502}), "worker_lost"),
+    ],
+)
+async def test_an_error_that_says_again_is_asked_again(
+    first: httpx.Response | Exception, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("joinwise.actors.chaos.load._ASK_AGAIN_S", 0)
+    found = await outcome_of(first, answer(RIGHT))
+    assert found.right and [error for _, error in found.errors] == [code]
+
+
+async def test_an_error_that_does_not_is_a_lost_request() -> None:
+    found = await outcome_of(httpx.Response(500, text="{}"))
+    assert found.lost and [error for _, error in found.errors] == ["internal"]
+
+
+async def test_a_stream_that_ends_without_a_word_is_torn() -> None:
+    found = await outcome_of(answer(RIGHT[:5], done=False))
+    assert found.torn == 1 and not found.lost and not found.right
+
+
+async def test_wrong_tokens_before_an_error_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("joinwise.actors.chaos.load._ASK_AGAIN_S", 0)
+    found = await outcome_of(answer([*RIGHT[:4], 7], error={"code": 503}), answer(RIGHT))
+    assert found.wrong and found.right
+
+
+async def test_it_knows_when_a_stream_is_midway() -> None:
+    shown, go_on = asyncio.Event(), asyncio.Event()
+
+    async def body() -> Any:
+        yield f"data: {json.dumps({'choices': [{'token_ids': RIGHT[:1]}]})}\n\n".encode()
+        await go_on.wait()
+        yield f"data: {json.dumps({'choices': [{'token_ids': RIGHT[1:]}]})}\n\ndata: [DONE]\n\n".encode()
+
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, content=body()))
+    async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+        load = Load(client, None, "model", [Question((1,), len(RIGHT))], [RIGHT], rate=1000)
+        shown.set()
+        running = asyncio.create_task(load.run(1, shown))
+        await asyncio.wait_for(load.wait_midway(), 5)
+        assert load.midway == 1
+        go_on.set()
+        await running
+    assert load.midway == 0 and load.outcomes[0].right
+
+
+def test_questions_are_the_same_every_time() -> None:
+    asked = questions(50)
+    assert asked == questions(50)
+    assert {10 <= len(each.prompt) <= 400 and 24 <= each.max_tokens <= 96 for each in asked} == {True}
+
+
+# Faults.
+
+
+@pytest.fixture
+def redis_server(tmp_path: Path) -> Any:
+    server = RedisServer(tmp_path / "redis")
+    server.start()
+    yield server
+    server.kill()
+
+
+def site_of(redis: Any, pid: int = 0) -> Site:
+    config = cluster_config("chaos", "redis://127.0.0.1:1/0", prefill=1, decode=2)
+    return Site(config, {"addresses": {"http": "http://127.0.0.1:1", "grpc": "127.0.0.1:1"}}, pid, redis)
+
+
+def fault(kind: schedule.Kind) -> Fault:
+    return Fault(kind, pause_s=0, outage_s=0.01, victim=0.5)
+
+
+LOAD: Any = SimpleNamespace(midway=2, wait_midway=lambda: asyncio.sleep(0))
+
+
+def put(server: RedisServer) -> None:
+    import redis
+
+    with redis.Redis.from_url(server.url) as client:
+        client.set("key", "value")
+        client.execute_command("WAITAOF", 1, 0, 5000)
+
+
+async def test_redis_comes_back_with_its_data_or_without(redis_server: RedisServer) -> None:
+    put(redis_server)
+    kept = await faults.strike(fault("kill-redis"), site_of(redis_server), LOAD)
+    assert kept.evidence["keys_before"] == kept.evidence["keys_after"] == 1
+    lost = await faults.strike(fault("lose-redis"), site_of(redis_server), LOAD)
+    assert (lost.evidence["keys_before"], lost.evidence["keys_after"]) == (1, 0)
+
+
+async def test_a_redis_that_survives_is_no_fault(redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(redis_server, "kill", lambda: None)
+        with pytest.raises(faults.NotFiredError, match="still answers"):
+            await faults.strike(fault("kill-redis"), site_of(redis_server), LOAD)
+
+
+async def test_a_phase_that_never_comes_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults, "_MOMENT_S", 0.01)
+    load: Any = SimpleNamespace(wait_midway=asyncio.Event().wait)
+    with pytest.raises(faults.NotFiredError, match="midway"):
+        await faults.strike(fault("kill-decode"), site_of(None), load)
+
+
+_LISTENER = """
+import socket, sys
+server = socket.create_server(("127.0.0.1", 0))
+print(server.getsockname()[1], flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def listener() -> Any:
+    """A process that listens, and its address."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _LISTENER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    yield process, f"127.0.0.1:{process.stdout.readline().strip()}"
+    process.kill()
+    process.communicate()
+
+
+def worker_site(monkeypatch: pytest.MonkeyPatch, address: str, held: int) -> Site:
+    """A site whose one worker is the process at that address."""
+    worker = SimpleNamespace(worker_id="decode-0-1", engine_address=address)
+
+    async def busy(self: Site, role: str) -> list[Any]:
+        return [worker] if held else await asyncio.Event().wait()
+
+    async def idle(_: Any) -> Any:
+        return SimpleNamespace(scheduler_requests=held)
+
+    monkeypatch.setattr(Site, "busy", busy)
+    monkeypatch.setattr(faults, "idle", idle)
+    return site_of(None, psutil.Process().pid)
+
+
+@pytest.mark.parametrize(("kind", "state"), [("kill-decode", None), ("freeze-decode", psutil.STATUS_STOPPED)])
+async def test_a_worker_is_hit(kind: Any, state: str | None, listener: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    process, address = listener
+    fired = await faults.strike(fault(kind), worker_site(monkeypatch, address, held=3), LOAD)
+    assert fired.gone == "decode-0-1" and fired.pid == process.pid
+    assert fired.evidence["requests_in_engine"] == 3
+    if state:
+        assert psutil.Process(process.pid).status() == state
+    else:
+        assert not psutil.pid_exists(process.pid)
+
+
+async def test_a_worker_that_is_never_busy_is_not_hit(listener: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults, "_MOMENT_S", 0.01)
+    process, address = listener
+    with pytest.raises(faults.NotFiredError, match="was busy"):
+        await faults.strike(fault("kill-decode"), worker_site(monkeypatch, address, held=0), LOAD)
+    assert process.poll() is None
+
+
+def test_processes_of_others_are_left_alone(listener: Any) -> None:
+    _, address = listener
+    with pytest.raises(InternalError, match="not of this cluster"):
+        site_of(None, pid=1 << 22).process_at(address)
+
+
+# Figures.
+
+
+def row(**more: Any) -> dict[str, Any]:
+    return {"kind": "kill-decode", "fired": True, "recover_s": 3.0, "errors": {}, **more}
+
+
+@pytest.mark.parametrize(
+    ("change", "figure"),
+    [
+        (lambda: ([row(fired=False)], [], []), "not_fired"),
+        (lambda: ([row(recover_s=None)], [], []), "not_recovered"),
+        (lambda: ([row()], [Outcome(0, 0.0, errors=[(1.0, "no_worker")], right=True)], []), "noticed"),
+        (lambda: ([row()], [Outcome(0, 0.0, wrong=True)], []), "wrong"),
+        (lambda: ([row()], [Outcome(0, 0.0, torn=1)], []), "stream_faults"),
+        (lambda: ([row()], [Outcome(0, 0.0)], []), "lost"),
+        (lambda: ([row()], [Outcome(0, 0.0, right=True)], ["a lease"]), "leaked"),
+    ],
+)
+def test_what_must_be_zero(change: Callable[[], Any], figure: str) -> None:
+    figures = run.figures_of(1, *change())
+    assert [name for name in run.MUST_BE_ZERO if figures[name]] == [figure]
+
+
+def test_a_dead_gateway_excuses_the_errors_around_it_only() -> None:
+    met = [(0.5, "no_worker"), (5.5, "unreachable"), (6.0, "no_worker")]
+    outcomes = [Outcome(0, 0.0, right=True, errors=met)]
+    assert run._met(outcomes, 5.0, 9.0) == {"unreachable": 1, "no_worker": 1}
+    rows = [row(kind="kill-gateway", errors=dict(run._met(outcomes, 5.0, 9.0))), row(errors={"no_worker": 1})]
+    figures = run.figures_of(1, rows, outcomes, [])
+    assert (figures["errors"], figures["noticed"]) == (3, 1)
