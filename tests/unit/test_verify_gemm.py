@@ -1,0 +1,250 @@
+"""Linear layers for a few rows: against sums in float64, row by row, from several threads, and badly asked."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from joinwise.kernels import native
+from joinwise.kernels.verify_gemm import Packed, is_native, linear, native_calls, pack, reference
+from joinwise.kernels.verify_gemm.packed import slices
+
+TYPES = (torch.float32, torch.bfloat16)
+KINDS = ("float32", "bfloat16", "int8")
+# Channels and inputs: less than a register, its ends, a tile's ends, more than a chunk, enough to share among threads.
+SHAPES = ((1, 1), (3, 7), (5, 8), (6, 31), (11, 32), (21, 33), (40, 64), (64, 576), (41, 1100), (333, 1537))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Torch's own work here is too small to share; calls that share say so."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def plain_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The same source as a processor of another kind gets it."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ on this machine")
+    target = tmp_path_factory.mktemp("plain") / "plain.so"
+    sources = [str(file) for file in native.sources() if file.parent.name == "verify_gemm"]
+    options = ["-std=c++17", "-O1", "-fPIC", "-shared", "-pthread", "-DJOINWISE_PLAIN"]
+    subprocess.run(["g++", *options, *sources, "-o", str(target)], check=True, timeout=100)
+    return ctypes.CDLL(str(target))
+
+
+@pytest.fixture(params=["native", "reference"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Each way on a CPU."""
+    if request.param == "reference":
+        monkeypatch.setattr(native_calls, "library", lambda: None)
+    elif not is_native():
+        pytest.skip("the native kernels were not built (no g++?), or this processor lacks AVX2 or FMA")
+    return request.param
+
+
+def weights(kind: str, channels: int, inputs: int, seed: int = 0) -> Packed:
+    made = torch.randn(channels, inputs, generator=torch.Generator().manual_seed(seed))
+    return pack(made.bfloat16() if kind == "bfloat16" else made, int8=kind == "int8")
+
+
+def rows_of(count: int, inputs: int, dtype: torch.dtype, seed: int = 1) -> torch.Tensor:
+    return torch.randn(count, inputs, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def exact(x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """In float64, and the sum of the magnitudes of what was added."""
+    wide = packed.weight.double()
+    if packed.scale is not None:
+        wide = wide * packed.scale.double()[:, None]
+    added = torch.zeros(()) if bias is None else bias.double()
+    return x.double() @ wide.T + added, x.double().abs() @ wide.abs().T + added.abs()
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_is_the_sum_in_float64_but_for_rounding(path: str, kind: str, dtype: torch.dtype) -> None:
+    for channels, inputs in SHAPES:
+        packed, bias = weights(kind, channels, inputs), rows_of(1, channels, dtype, 2)[0]
+        for count, with_bias in ((1, None), (2, bias), (5, bias), (33, None)):
+            x = rows_of(count, inputs, dtype)
+            y = linear(x, packed, with_bias)
+            wanted, size = exact(x, packed, with_bias)
+            assert y.dtype == dtype
+            rounding = 2.0**-8 * wanted.abs() if dtype == torch.bfloat16 else 0.0
+            assert bool(((y.double() - wanted).abs() <= rounding + 1e-6 * size).all()), (channels, inputs, count)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_is_the_same_bit_for_bit_whatever_is_beside_it(path: str, kind: str, dtype: torch.dtype) -> None:
+    channels, inputs = 101, 2500
+    packed, bias, x = weights(kind, channels, inputs), rows_of(1, channels, dtype, 2)[0], rows_of(33, inputs, dtype)
+    alone = torch.cat([linear(x[i : i + 1], packed, bias, threads=1) for i in range(len(x))])
+    for count in (2, 3, 4, 5, 7, 8, 31, 32, 33):
+        for threads in (1, 2, 3):
+            assert torch.equal(linear(x[:count], packed, bias, threads=threads), alone[:count])
+    other = torch.full_like(x, float("nan"))
+    other[17] = x[17]
+    assert torch.equal(linear(other, packed, bias)[17], alone[17])
+
+
+def test_both_ways_agree_but_for_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not is_native():
+        pytest.skip("nothing to compare")
+    packed, x = weights("int8", 70, 1000), rows_of(9, 1000, torch.float32)
+    fast = linear(x, packed)
+    monkeypatch.setattr(native_calls, "library", lambda: None)
+    torch.testing.assert_close(fast, linear(x, packed), rtol=1e-4, atol=1e-4)
+
+
+def test_special_numbers_stay_in_their_row_and_channel(path: str) -> None:
+    packed, x = pack(torch.eye(40).bfloat16()), torch.ones(4, 40)
+    x[1] = float("nan")
+    x[2] = float("inf")
+    y = linear(x, packed)
+    assert torch.equal(y[0], torch.ones(40))
+    assert torch.equal(y[3], torch.ones(40))
+    assert bool(y[1].isnan().all())
+    assert bool(y[2].isnan().all())  # 0 * inf
+    spoilt = torch.zeros(7, 33)
+    spoilt[4, 32] = float("nan")
+    assert linear(torch.ones(3, 33), pack(spoilt)).isnan().nonzero()[:, 1].tolist() == [4, 4, 4]
+
+
+def test_bfloat16_results_are_rounded_to_nearest_even(path: str) -> None:
+    x = torch.ones(1, 2, dtype=torch.bfloat16)
+    parts = torch.tensor([[1.0, 2.0**-8], [1.0 + 2.0**-7, 2.0**-8], [1.0, 2.0**-8 + 2.0**-16]])
+    assert linear(x, pack(parts)).tolist() == [[1.0, 1.0 + 2.0**-6, 1.0 + 2.0**-7]]
+
+
+def test_nothing_is_copied_of_contiguous_weights_and_no_gradient_is_kept() -> None:
+    weight = torch.nn.Parameter(torch.randn(4, 6))
+    packed = pack(weight)
+    assert packed.weight.data_ptr() == weight.data_ptr()
+    assert not packed.weight.requires_grad
+    across = torch.randn(6, 4).T
+    assert torch.equal(pack(across).weight, across)
+
+
+def test_int8_weights_are_within_half_a_step_and_zeros_stay_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(50, 300)
+    weight[3] = 0.0
+    weight[4] *= 1e-30
+    packed = pack(weight, int8=True)
+    assert packed.scale is not None
+    assert packed.weight.abs().amax(1).tolist() == [0 if n == 3 else 127 for n in range(50)]
+    error = (packed.weight.double() * packed.scale.double()[:, None] - weight.double()).abs()
+    assert bool((error <= 0.5001 * packed.scale.double()[:, None]).all())
+    # Cut otherwise, they are the same.
+    monkeypatch.setattr(
+        "joinwise.kernels.verify_gemm.packed.slices", lambda made: [slice(n, n + 1) for n in range(len(made))]
+    )
+    again = pack(weight, int8=True)
+    assert torch.equal(again.weight, packed.weight)
+
+
+def test_slices_cover_every_channel_once() -> None:
+    for channels, inputs in ((1, 1), (1000, 5000), (3, 2 << 20)):
+        cut = slices(torch.empty(channels, inputs, device="meta"))
+        assert [n for at in cut for n in range(*at.indices(channels))] == list(range(channels))
+
+
+def test_leading_dimensions_strides_and_no_rows(path: str) -> None:
+    packed, x = weights("bfloat16", 9, 20), rows_of(12, 20, torch.bfloat16)
+    flat = linear(x, packed)
+    assert torch.equal(linear(x.view(3, 4, 20), packed), flat.view(3, 4, 9))
+    assert torch.equal(linear(x[5], packed), flat[5])
+    assert torch.equal(linear(x[::2], packed), flat[::2])
+    assert torch.equal(linear(x.T.contiguous().T, packed), flat)
+    assert linear(x[:0], packed).shape == (0, 9)
+    assert linear(x, Packed(torch.empty(0, 20))).shape == (12, 0)
+
+
+@pytest.mark.parametrize("team", ["OpenMP", "own threads"])
+def test_calls_from_several_threads_do_not_mix(team: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not is_native():
+        pytest.skip("native code is what runs without the GIL")
+    if team == "own threads":
+        monkeypatch.setattr(native_calls, "_team", lambda: None)
+    packed = [weights(kind, 700, 600, seed) for seed, kind in enumerate(KINDS)]
+    x = [rows_of(count, 600, torch.float32, count) for count in (1, 8, 40)]
+    wanted = [[linear(rows, each, threads=1) for rows in x] for each in packed]
+    start, wrong = threading.Barrier(3), []
+
+    def work(which: int) -> None:
+        start.wait(10)
+        for turn in range(60):
+            at = (which + turn) % 3
+            if not torch.equal(linear(x[at], packed[which], threads=2), wanted[which][at]):
+                wrong.append((which, turn))
+
+    threads = [threading.Thread(target=work, args=(which,)) for which in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert not wrong
+
+
+def test_torch_lends_its_threads() -> None:
+    assert "OpenMP" not in torch.__config__.parallel_info() or native_calls._team()
+
+
+def test_another_processor_gets_the_reference(plain_library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "library", lambda: plain_library)
+    assert not is_native()
+    packed, x = weights("bfloat16", 5, 6), rows_of(2, 6, torch.float32)
+    assert torch.equal(linear(x, packed), reference.linear(x, packed, None))
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: pack(torch.zeros(2, 2, dtype=torch.float16)), "weights of torch.float16"),
+        (lambda: pack(torch.zeros(2, 2, dtype=torch.int8)), "weights of torch.int8"),
+        (lambda: pack(torch.zeros(4)), r"shape \(4,\)"),
+        (lambda: pack(torch.zeros(4, 0)), "at least one input"),
+        (lambda: pack(torch.zeros(4, 4, device="meta")), "on meta"),
+        (lambda: pack(torch.tensor([[1.0, float("nan")]]), int8=True), "a NaN or an infinity"),
+        (lambda: pack(torch.tensor([[1.0, float("inf")]]), int8=True), "a NaN or an infinity"),
+        (lambda: Packed(torch.zeros(4, 4).T[1:]), "contiguous"),
+        (lambda: Packed(torch.zeros(4, 4, dtype=torch.int8)), "without a scale"),
+        (lambda: Packed(torch.zeros(4, 4), torch.ones(4)), "with a scale"),
+        (lambda: Packed(torch.zeros(4, 4, dtype=torch.int8), torch.ones(3)), "for 4 channels"),
+        (lambda: Packed(torch.zeros(4, 4, dtype=torch.int8), torch.ones(4).double()), "one float32 each"),
+    ],
+)
+def test_weights_that_cannot_be_are_refused(make: object, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("x", "bias", "threads", "said"),
+    [
+        (torch.zeros(2, 5), None, None, "for weights of 4 inputs"),
+        (torch.zeros(()), None, None, "for weights of 4 inputs"),
+        (torch.zeros(2, 4, dtype=torch.float16), None, None, "float32 or bfloat16"),
+        (torch.zeros(2, 4, device="meta"), None, None, "on the CPU"),
+        (torch.zeros(2, 4), torch.zeros(4), None, "for 3 channels"),
+        (torch.zeros(2, 4), torch.zeros(3).bfloat16(), None, "a bias of torch.bfloat16"),
+        (torch.zeros(2, 4), torch.zeros(3, device="meta"), None, "on meta"),
+        (torch.zeros(2, 4), None, 0, "0 threads"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(
+    x: torch.Tensor, bias: torch.Tensor | None, threads: int | None, said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        linear(x, pack(torch.zeros(3, 4)), bias, threads=threads)
