@@ -86,6 +86,12 @@ class RequestTimeoutError(JoinwiseError):
     code, http_status, grpc_status = "request_timeout", 408, "DEADLINE_EXCEEDED"
 
 
+class PoisonError(JoinwiseError):
+    """Two workers have died with this request in their engines, one after the other."""
+
+    code, http_status, grpc_status = "poison", 422, "FAILED_PRECONDITION"
+
+
 class NotSupportedError(JoinwiseError):
     """A valid wish that this cluster cannot fulfil."""
 

@@ -31,7 +31,7 @@ from joinwise.actors.gateway.tickets import Ticket, active_ticket
 from joinwise.actors.gateway.utilities import Utilities
 from joinwise.actors.vllm import nixl, split
 from joinwise.actors.vllm.handoff import Handoff
-from joinwise.cluster.errors import JoinwiseError, WorkerLostError
+from joinwise.cluster.errors import JoinwiseError, PoisonError, WorkerLostError
 from joinwise.cluster.router.router import Assignment, Demand, Router, Running, WorkerRef
 from joinwise.proto import engine_pb2
 
@@ -56,6 +56,8 @@ class _Live:
     fetched: bool | None = None
     """Whether decode has all of prefill's KV; None until it says."""
     lost_on: set[str] = field(default_factory=set)
+    lost_at: int | None = None
+    """Tokens emitted when a worker last died with it."""
     context: Context = field(default_factory=copy_context)
     """Of the client's call, whose error this request's is."""
 
@@ -207,8 +209,9 @@ class ClusterCore(EngineCoreClient):
         for live in list(self._live.values()):
             decode = live.assignment.decode
             if (decode.worker_id, decode.epoch) == (worker.worker_id, worker.epoch):
-                self._spawn(self._move(live, live.attempt, worker, reason))
+                self._spawn(self._move(live, live.attempt, worker, reason, died=True))
             elif live.prefill_id and live.assignment.prefill == worker and not live.prefill_done:
+                live.lost_at = len(live.merge.emitted)
                 self._without_prefill(live, reason)
 
     # Inside.
@@ -344,8 +347,12 @@ class ClusterCore(EngineCoreClient):
             )
             link.send(engine_pb2.AttachRequest(continue_request=message))
 
-    async def _move(self, live: _Live, attempt: int, lost: WorkerRef, reason: str) -> None:
-        """Go on elsewhere, with what has been emitted; nothing, if that attempt is over."""
+    async def _move(self, live: _Live, attempt: int, lost: WorkerRef, reason: str, *, died: bool = False) -> None:
+        """Go on elsewhere, with what has been emitted; nothing, if that attempt is over.
+
+        A worker that died may have died of this request: if the next one dies too before there is another token of it,
+        it gets no third.
+        """
         request_id = live.request.request_id
         if not self._is_at(live, attempt):
             return
@@ -356,6 +363,13 @@ class ClusterCore(EngineCoreClient):
         live.ticket.prompt_ready.set()
         with contextlib.suppress(JoinwiseError):  # the lease expires by itself
             await self._router.settle(live.assignment, generated=len(live.merge.emitted))
+        if died and live.lost_at == len(live.merge.emitted):
+            logger.error(
+                "request %s is refused: two workers have died with it, the last was %s", request_id, lost.worker_id
+            )
+            self._fail(live, PoisonError("two workers have died with this request: it is not tried again"))
+            return
+        live.lost_at = len(live.merge.emitted) if died else live.lost_at
         if live.attempt >= _MAX_ATTEMPTS:
             logger.error("request %s lost %d workers, giving up: %s", request_id, live.attempt, reason)
             self._fail(live, WorkerLostError(f"the request has lost {live.attempt} workers, and ends: {reason}"))

@@ -16,7 +16,7 @@ from joinwise.actors.gateway.tickets import Ticket, active_ticket
 from joinwise.actors.vllm import nixl
 from joinwise.actors.vllm.core_client import ClusterCore
 from joinwise.actors.vllm.handoff import Handoff, replay_of
-from joinwise.cluster.errors import JoinwiseError, NoWorkerError, StoreUnavailableError, WorkerLostError
+from joinwise.cluster.errors import JoinwiseError, NoWorkerError, PoisonError, StoreUnavailableError, WorkerLostError
 from joinwise.cluster.router.router import Assignment, Demand, WorkerRef, samples_of
 from joinwise.proto import engine_pb2
 
@@ -387,6 +387,50 @@ async def test_a_request_is_given_up_after_three_workers(world: World) -> None:
     assert world.router.demands[-1].exclude == {"d", "e"}
     assert world.outputs() == [([], FinishReason.ERROR)]
     assert world.router.settled == ["l", "m", "n"]
+
+
+async def test_a_request_with_which_two_workers_die_is_refused(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    world.router.next = [lease("m", None, E)]
+    with NotedErrors() as noted:
+        await world.add(lease("l", None, D))
+    world.says(D, "r.0.d", 11)
+    await world.core.on_lost(D, "gone")
+    await world.until(lambda: world.links.links[E].sent)
+    world.says(E, "r.1.d", 11)  # repeats what there was, and dies of what comes next
+    await world.core.on_lost(E, "gone")
+    await world.until(lambda: not world.core.running)
+    assert isinstance(noted.last, PoisonError)
+    assert world.outputs() == [([11], None), ([], FinishReason.ERROR)]
+    assert world.router.settled == ["l", "m"]
+    assert "request r is refused" in caplog.text
+
+
+async def test_a_request_with_which_its_prefill_worker_and_then_its_decode_worker_dies_is_refused(
+    world: World,
+) -> None:
+    with NotedErrors() as noted:
+        await world.add(lease("l", P, D))
+    await world.core.on_lost(P, "gone")
+    await world.core.on_lost(D, "gone")
+    await world.until(lambda: not world.core.running)
+    assert isinstance(noted.last, PoisonError)
+    assert world.router.demands == [], "no third one is asked"
+
+
+async def test_a_request_that_comes_on_between_two_deaths_is_innocent(world: World) -> None:
+    world.router.next = [lease("m", None, E), lease("n", None, P)]
+    await world.add(lease("l", None, D))
+    world.says(D, "r.0.d", 11)
+    await world.core.on_lost(D, "gone")
+    await world.until(lambda: world.links.links[E].sent)
+    for token in (11, 12):
+        world.says(E, "r.1.d", token)
+    await world.core.on_lost(E, "gone")
+    await world.until(lambda: world.links.links[P].sent)
+    for token in (11, 12):
+        world.says(P, "r.2.d", token)
+    world.says(P, "r.2.d", 13, finish=FinishReason.LENGTH)
+    assert [tokens for tokens, _ in world.outputs()] == [[11], [12], [13]]
 
 
 async def test_without_redis_a_request_that_runs_ends_and_one_that_must_move_says_so(world: World) -> None:
