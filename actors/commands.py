@@ -5,13 +5,14 @@ The terminal shows one line a step; what Ray, vLLM and the actors print goes int
 
 import asyncio
 import contextlib
+import io
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 import psutil
 import typer
@@ -60,6 +61,25 @@ def down(
         console.print(f"cluster {config.cluster!r} has stopped")
     else:
         console.print(f"cluster {config.cluster!r} does not run on this machine")
+
+
+def apply(
+    file: Annotated[Path, typer.Option("--file", "-f", help="The new configuration")],
+) -> None:
+    """Change the cluster that runs on this machine to another configuration: only what it touches restarts, drained."""
+    config = load_config(file)
+    log = _log_file(config)
+    with contextlib.ExitStack() as stack:
+        lines: IO[str] = stack.enter_context(log.open(errors="replace")) if log.exists() else io.StringIO()
+        lines.seek(0, os.SEEK_END)
+        wanted = runfile.wish(config.cluster, file)
+        stack.enter_context(console.status("changing"))
+        while not runfile.granted(config.cluster, wanted):
+            for line in lines:
+                if line.startswith("["):
+                    console.print(Text(line.rstrip(), style="dim"))
+            time.sleep(_POLL_S)
+    console.print(f"cluster {config.cluster!r} has changed")
 
 
 def demo(

@@ -17,19 +17,22 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from joinwise.actors import logs, ray_api
+from joinwise.actors import logs, ray_api, runfile
+from joinwise.actors.controller import Controller, Post
 from joinwise.actors.draft.vocabulary import check_vocabularies
 from joinwise.actors.models import resolve_model
 from joinwise.actors.runfile import RunFile
 from joinwise.actors.spec import WorkerSpec
+from joinwise.cluster.changes import gateway_build, refusals, worker_build
 from joinwise.cluster.config import JoinwiseConfig, load_config
 from joinwise.cluster.errors import ConfigError, JoinwiseError, StoreUnavailableError
+from joinwise.cluster.reconcile import Wanted
 from joinwise.cluster.router.registry import Registry, adapter_id
 from joinwise.cluster.store.client import connect, store_errors
 from joinwise.cluster.store.embedded import EmbeddedRedis
@@ -42,9 +45,10 @@ logger = logging.getLogger(__name__)
 
 #: What the last line begins with when the launcher fails.
 FAILED = "joinwise: "
+_GATEWAY = "gateway"
 _HEALTH_EVERY_S = 2.0
-_HEALTH_TIMEOUT_S = 20.0
-_MAX_BACK_OFF_S = 60.0
+_CHANGE_EVERY_S = 0.2
+_TROUBLES_S = 60
 Say = Callable[[str], None]
 
 
@@ -107,24 +111,6 @@ def reachable(address: str) -> str:
     return address
 
 
-@dataclass
-class _Slot:
-    """One thing to keep running: the actor that fills it now, and how often it has been filled.
-
-    Attributes:
-        make: starts the actor of a generation, counted from 1.
-        what: in the launcher's lines.
-    """
-
-    make: Callable[[int], ray_api.Actor]
-    what: str
-    generation: int = 0
-    actor: ray_api.Actor | None = None
-    facts: dict[str, str] = field(default_factory=dict)
-    retry_at: float = 0.0
-    starting: asyncio.Task[None] | None = None
-
-
 class Cluster:
     """A running cluster, seen from its launcher.
 
@@ -140,9 +126,9 @@ class Cluster:
         self.addresses: dict[str, str] = {}
         self._say = say
         self._with_gateway = with_gateway
+        self._told: list[str] = []
         self._redis: EmbeddedRedis | None = None
-        self._slots: list[_Slot] = []
-        self._gateway: _Slot | None = None
+        self._controller: Controller | None = None
         self._ray: ray_api.Connection | None = None
 
     def start_redis(self) -> str:
@@ -186,31 +172,25 @@ class Cluster:
             self._say(f"warning: the pools ask for {listed}, which the Ray cluster does not have now; waiting for it")
         await models
         await self._record_adapters()
-        self._slots = list(self._workers(self._ray.local))
-        if self._with_gateway:
-            self._gateway = _Slot(self._gateway_actor, "gateway")
-            self._slots.append(self._gateway)
+        self._controller = Controller(self._posts(config), self._say, config.ray.start_timeout_s)
         parts = [(sum(pool.replicas for pool in config.pools if pool.role != "draft"), "engines")]
         parts += [(sum(pool.replicas for pool in config.pools if pool.role == "draft"), "draft actors")]
         listed = ", ".join(f"{count} {what}" for count, what in parts if count)
         self._say(f"starting {listed}{' and the gateway' if self._with_gateway else ''}")
         try:
-            async with asyncio.timeout(config.ray.start_timeout_s), asyncio.TaskGroup() as group:
-                for slot in self._slots:
-                    group.create_task(self._fill(slot))
+            await self._controller.fill()
         except TimeoutError:
-            late = ", ".join(slot.actor.name for slot in self._slots if slot.actor is not None and not slot.facts)
             raise ConfigError(
-                f"not ready within {config.ray.start_timeout_s:.0f} s (ray.start_timeout_s): {late}; "
-                "does the Ray cluster have what the pools' resources ask for?"
+                f"not ready within {config.ray.start_timeout_s:.0f} s (ray.start_timeout_s): "
+                f"{', '.join(self._controller.late())}; does the Ray cluster have what the pools' resources ask for?"
             ) from None
-        if self._gateway is not None:
-            self.addresses = self._gateway.facts
+        if self._with_gateway:
+            self.addresses = self._controller.facts(_GATEWAY)
             self._say(f"ready: {self.addresses['http']} (HTTP), {self.addresses['grpc']} (gRPC)")
         return self.addresses
 
     async def supervise(self, stopped: asyncio.Event) -> None:
-        """Replace engines and the gateway when they die or fall sick, with back-off, until `stopped` is set.
+        """Keep actors as they are wanted until `stopped` is set: those that die or fall sick are replaced.
 
         Raises:
             StoreUnavailableError: the embedded Redis has died.
@@ -222,22 +202,39 @@ class Cluster:
                     return
             if self._redis is not None and not self._redis.alive:
                 raise StoreUnavailableError("the embedded Redis has died, and all leases with it")
-            await asyncio.gather(*(self._check(slot) for slot in self._slots))
+            assert self._controller is not None, "it has started"
+            await self._controller.look()
+            await self._tell()
+
+    async def apply(self, config: JoinwiseConfig) -> None:
+        """Become another configuration: only what it touches is replaced, one by one, and drained first.
+
+        Raises:
+            ConfigError: it cannot; or the first actor that it touches does not start. The cluster goes on as it was.
+        """
+        assert self._controller is not None, "it has started"
+        if found := refusals(self.config, config):
+            raise ConfigError("\n".join(found), problems=tuple(found))
+        before, tried = self.config, len(self._controller.refused)
+        self.config = config
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, self._fetch_models)
+            await self._record_adapters()
+            self._controller.want(self._posts(config))
+            while not await self._controller.look():
+                if refused := self._controller.refused[tried:]:
+                    raise ConfigError(refused[0])
+                await asyncio.sleep(_CHANGE_EVERY_S)
+        except BaseException:
+            self.config = before
+            self._controller.want(self._posts(before))
+            raise
 
     async def stop(self) -> None:
         """Stop the gateway (requests may end), then engines, then Ray and Redis. What is not ready yet is killed."""
-        for slot in self._slots:
-            if slot.starting is not None:
-                slot.starting.cancel()
-            if slot.actor is not None and not slot.facts:
-                slot.actor.kill()
-                slot.actor = None
-        if self._gateway is not None and self._gateway.actor is not None:
-            await self._gateway.actor.stop(self.config.gateway.drain_s + 10)
-        engines = [slot.actor for slot in self._slots if slot is not self._gateway and slot.actor is not None]
-        patience = self.config.gateway.drain_s
-        await asyncio.gather(*(actor.stop(patience + 20, patience) for actor in engines))
-        self._slots, self._gateway = [], None
+        if self._controller is not None:
+            await self._controller.stop(first=_GATEWAY)
+            self._controller = None
         if self._ray is not None:
             await asyncio.to_thread(self._ray.close)
             self._ray = None
@@ -285,81 +282,78 @@ class Cluster:
                 demand[name] = demand.get(name, 0.0) + amount * pool.replicas
         return demand
 
-    def _workers(self, local: bool) -> Iterator[_Slot]:
-        """A slot for each engine and draft actor; on this machine each gets its own cores while there are enough."""
+    def _posts(self, config: JoinwiseConfig) -> list[Post]:
+        """A slot for each worker, and for the gateway; on this machine workers get cores of their own while there are
+        enough."""
+        assert self._ray is not None, "it is connected"
+        local, patience = self._ray.local, config.gateway.drain_s
         machine = itertools.cycle(sorted(os.sched_getaffinity(0)))
-        for pool in self.config.pools:
+        posts = []
+        for pool in config.pools:
             own = itertools.cycle(pool.cores) if pool.cores else None
+            # Elsewhere a node may have no room for two, and a fixed port has none.
+            build, surge = worker_build(config, pool), local and not pool.ops_port
+            what = "draft actor" if pool.role == "draft" else "engine"
             for index in range(pool.replicas):
                 source = own if own is not None else machine if local else None
                 cores = tuple(itertools.islice(source, pool.compute_threads)) if source is not None else ()
-                host = "127.0.0.1" if local else ""
-                spec = WorkerSpec(pool.name, f"{pool.name}-{index}", cores, host)
-                yield _Slot(partial(self._worker_actor, spec), "draft actor" if pool.role == "draft" else "engine")
+                slot = f"{pool.name}-{index}"
+                spec = WorkerSpec(pool.name, slot, cores, "127.0.0.1" if local else "")
+                make = partial(self._worker_actor, config, spec)
+                posts.append(Post(Wanted(slot, build, surge), what, make, patience, (patience,)))
+        if self._with_gateway:
+            make = partial(self._gateway_actor, config)
+            posts.append(Post(Wanted(_GATEWAY, gateway_build(config), surge=False), _GATEWAY, make, patience))
+        return posts
 
-    def _worker_actor(self, spec: WorkerSpec, generation: int) -> ray_api.Actor:
-        pool = next(pool for pool in self.config.pools if pool.name == spec.pool)
+    def _worker_actor(self, config: JoinwiseConfig, spec: WorkerSpec, generation: int) -> ray_api.Actor:
+        pool = next(pool for pool in config.pools if pool.name == spec.pool)
         spec = replace(spec, worker_id=f"{spec.worker_id}-{generation}")
         return ray_api.Actor(
             f"joinwise.actors.launch:{'draft' if pool.role == 'draft' else 'engine'}_actor",
-            self.config,
+            config,
             spec,
             self.redis_url,
             name=spec.worker_id,
-            namespace=ray_api.namespace(self.config),
-            num_cpus=pool.resources.num_cpus,
+            namespace=ray_api.namespace(config),
+            # Our own Ray has no other node to send one to: CPUs are shared out by `cores`.
+            num_cpus=0 if self._ray is not None and self._ray.local else pool.resources.num_cpus,
             num_gpus=pool.resources.num_gpus,
             resources=pool.resources.custom,
             threads=pool.compute_threads,
-            log_level=self.config.log.level,
+            log_level=config.log.level,
         )
 
-    def _gateway_actor(self, generation: int) -> ray_api.Actor:
+    def _gateway_actor(self, config: JoinwiseConfig, generation: int) -> ray_api.Actor:
         """A gateway on the launcher's own node; a later one takes over the ports of the first."""
-        gateway = self.config.gateway
+        gateway = config.gateway
         if self.addresses:
             http, grpc = (int(self.addresses[name].rpartition(":")[2]) for name in ("http", "grpc"))
             gateway = gateway.model_copy(update={"http_port": http, "grpc_port": grpc})
         return ray_api.Actor(
             "joinwise.actors.launch:gateway_actor",
-            self.config.model_copy(update={"gateway": gateway}),
+            config.model_copy(update={"gateway": gateway}),
             self.redis_url,
             name=f"gateway-0-{generation}",
-            namespace=ray_api.namespace(self.config),
+            namespace=ray_api.namespace(config),
             num_cpus=0,
             node=ray_api.node_id(),
-            log_level=self.config.log.level,
+            log_level=config.log.level,
         )
 
-    async def _fill(self, slot: _Slot) -> None:
-        slot.generation += 1
-        slot.facts = {}
-        begin = time.monotonic()
-        slot.actor = slot.make(slot.generation)
-        slot.facts = await slot.actor.start()
-        self._say(f"{slot.what} {slot.actor.name} is ready after {time.monotonic() - begin:.1f} s")
-
-    async def _check(self, slot: _Slot) -> None:
-        if slot.starting is not None:
+    async def _tell(self) -> None:
+        """Let `joinwise status` say which slots do not stay filled; without Redis the log still does."""
+        assert self._controller is not None
+        if (verdicts := self._controller.verdicts()) == self._told and not verdicts:
             return
-        if slot.actor is not None:
-            reason = await slot.actor.failure(_HEALTH_TIMEOUT_S)
-            if not reason:
-                return
-            back_off = min(_MAX_BACK_OFF_S, 2.0 ** min(slot.generation, 10) - 2)
-            self._say(f"{slot.what} {slot.actor.name} has failed: {reason}; a new one starts in {back_off:.0f} s")
-            slot.actor.kill()
-            slot.actor, slot.retry_at = None, time.monotonic() + back_off
-        if time.monotonic() >= slot.retry_at:
-            slot.starting = asyncio.create_task(self._refill(slot))
-
-    async def _refill(self, slot: _Slot) -> None:
+        client = connect(self.redis_url, self.config.redis)
         try:
-            await self._fill(slot)
-        except Exception as error:
-            self._say(f"a new {slot.what} could not start: {error}")
+            await Registry(client, self.config.cluster, self.config.router).set_troubles(verdicts, _TROUBLES_S)
+            self._told = verdicts
+        except StoreUnavailableError:
+            logger.warning("nobody can be told: %s", "; ".join(verdicts))
         finally:
-            slot.starting = None
+            await client.aclose()
 
 
 def _refuse_taken(host: str, port: int, name: str) -> None:
@@ -375,6 +369,40 @@ def _refuse_taken(host: str, port: int, name: str) -> None:
             ) from None
 
 
+class _Changes:
+    """Answers `joinwise apply`, one at a time; a signal says that a wish lies beside the run file."""
+
+    def __init__(self, cluster: Cluster, run_file: RunFile, say: Say) -> None:
+        self._cluster, self._run_file, self._say = cluster, run_file, say
+        self._task: asyncio.Task[None] | None = None
+
+    def asked(self) -> None:
+        """The signal's handler; the one who asks has seen that no change is under way."""
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._answer())
+
+    async def end(self) -> None:
+        """Give up what is under way."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def _answer(self) -> None:
+        wish = self._run_file.take_wish()
+        if wish is None:
+            return
+        self._run_file.answer(wish, done=False)
+        try:
+            self._say(f"changing to {wish.file}")
+            await self._cluster.apply(load_config(wish.file))
+        except Exception as error:
+            self._say(f"the change has failed: {error}; the cluster goes on as it was")
+            self._run_file.answer(wish, error=str(error) or repr(error))
+            return
+        self._say("changed")
+        self._run_file.answer(wish)
+
+
 async def run(config: JoinwiseConfig, say: Say) -> None:
     """Start a cluster and keep it until a signal says otherwise."""
     stopped = asyncio.Event()
@@ -383,6 +411,8 @@ async def run(config: JoinwiseConfig, say: Say) -> None:
         loop.add_signal_handler(number, stopped.set)
     with RunFile.claim(config.cluster) as run_file:
         cluster = Cluster(config, say)
+        changes = _Changes(cluster, run_file, say)
+        loop.add_signal_handler(runfile.CHANGE, changes.asked)
         start = asyncio.create_task(cluster.start())
         stop = asyncio.create_task(stopped.wait())
         await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
@@ -398,6 +428,7 @@ async def run(config: JoinwiseConfig, say: Say) -> None:
         try:
             await cluster.supervise(stopped)
         finally:
+            await changes.end()
             say("stopping")
             await cluster.stop()
             say("stopped")

@@ -302,6 +302,7 @@ class Gateway:
             workers=tuple(WorkerStatus(**worker) for worker in snapshot["workers"]),
             leases=snapshot["leases"],
             kv_links=await self._kv_links(),
+            troubles=await self._registry.troubles(),
         )
 
     async def _kv_links(self) -> tuple[KvLinkStatus, ...]:

@@ -149,7 +149,11 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         workers = [pb.Worker(**asdict(w)) for w in snapshot.workers]
         links = [pb.KvLink(**asdict(link)) for link in snapshot.kv_links]
         return pb.ClusterStatusResponse(
-            cluster=snapshot.cluster, workers=workers, leases=snapshot.leases, kv_links=links
+            cluster=snapshot.cluster,
+            workers=workers,
+            leases=snapshot.leases,
+            kv_links=links,
+            troubles=snapshot.troubles,
         )
 
     async def _stream(

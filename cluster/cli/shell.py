@@ -26,6 +26,7 @@ EXIT_NOT_INSTALLED = 3
 ENGINE_COMMANDS = {
     "up": "Start a cluster on this machine or in a Ray cluster.",
     "down": "Stop a cluster and everything that it started.",
+    "apply": "Change a running cluster to another configuration; only what that touches restarts.",
     "demo": "Start a small cluster, ask it one question, show where the time went, stop it.",
     "bench": "Measure a cluster against plain vLLM.",
     "chaos": "Break a cluster of its own under load, and count what its clients notice.",

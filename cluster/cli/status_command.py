@@ -88,6 +88,7 @@ def render_status(snapshot: ClusterStatus, models: tuple[Model, ...]) -> Rendera
     names = ", ".join(f"{m.name} ({m.max_model_len} tokens)" if not m.parent else m.name for m in models)
     head = Text.assemble(("cluster ", "dim"), (snapshot.cluster, "bold"), (f"   leases {snapshot.leases}", "dim"))
     body: list[RenderableType] = [table if snapshot.workers else Text("no live worker", style="red")]
+    body += [Text(trouble, style="red") for trouble in snapshot.troubles]
     if snapshot.kv_links:
         body += [Text(), _links(snapshot.kv_links)]
     return Group(head, Text(f"models  {names or 'none'}", style="dim"), Text(), *body)

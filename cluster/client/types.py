@@ -195,3 +195,4 @@ class ClusterStatus:
     workers: tuple[WorkerStatus, ...] = ()
     leases: int = 0  # requests with a lease now
     kv_links: tuple[KvLinkStatus, ...] = ()
+    troubles: tuple[str, ...] = ()  # what the controller cannot mend, a sentence each

@@ -260,6 +260,19 @@ class Registry:
             await self._client.set(self._keys.token, secrets.token_urlsafe(32), nx=True)
             return str(await self._client.get(self._keys.token))
 
+    async def set_troubles(self, sentences: Sequence[str], ttl_s: int) -> None:
+        """Record what the controller cannot mend, for people; forgotten after `ttl_s` seconds."""
+        with store_errors("recording troubles"):
+            if sentences:
+                await self._client.set(self._keys.troubles, json.dumps(list(sentences)), ex=ttl_s)
+            else:
+                await self._client.delete(self._keys.troubles)
+
+    async def troubles(self) -> tuple[str, ...]:
+        """What `set_troubles` has recorded last."""
+        with store_errors("reading troubles"):
+            return tuple(json.loads(await self._client.get(self._keys.troubles) or "[]"))
+
     async def add_adapter(self, model: str, name: str, path: str, lora_id: int) -> None:
         """Record an adapter: from now on a worker registers only with it loaded."""
         with store_errors(f"recording the adapter {name}"):

@@ -28,6 +28,7 @@ and a version: two releases with different layouts run side by side without read
 | drafts:<pool>                     | hash   | draft actor -> milliseconds of its last heartbeat, and its facts |
 | bound:<pool>                      | hash   | worker id -> milliseconds at which it last asked, and its draft actor |
 | token                             | string | what the cluster's processes show each other |
+| troubles                          | string | JSON list: what the controller cannot mend, for people |
 """
 
 from __future__ import annotations
@@ -103,6 +104,11 @@ class Keys:
     def token(self) -> str:
         """What the cluster's processes show each other."""
         return f"{self.base}token"
+
+    @property
+    def troubles(self) -> str:
+        """What the controller cannot mend."""
+        return f"{self.base}troubles"
 
     def lease(self, lease_id: str) -> str:
         """One lease."""

@@ -53,7 +53,8 @@ class Gateway(inference_pb2_grpc.InferenceServiceServicer):
         link = pb.KvLink(sender="p0", receiver="w0", transport="tcp", why="auto; shm: another host", codec="none")
         link.bytes_per_s, link.bytes, link.streams, link.failed = 1.5e9, 34_600_000, 7, 1
         link.refused["checksum"] = 2
-        return pb.ClusterStatusResponse(cluster="demo", workers=[worker], leases=4, kv_links=[link])
+        troubles = ["decode-0 crashes"]
+        return pb.ClusterStatusResponse(cluster="demo", workers=[worker], leases=4, kv_links=[link], troubles=troubles)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,7 @@ def test_help_lists_everything_with_nothing_installed(run, entry_points):
     entry_points()
     result = run("--help")
     assert result.exit_code == 0
-    for name in ("status", "chat", "generate", "doctor", "config", "up", "down", "demo", "bench"):
+    for name in ("status", "chat", "generate", "doctor", "config", "up", "down", "demo", "bench", "chaos", "apply"):
         assert f" {name} " in result.stdout
 
 
@@ -184,12 +185,13 @@ def test_status(run, gateway):
     assert result.exit_code == 0
     for part in ("demo", "w0", "decode", "25% of 100", "smol (2048 tokens)", "leases 4"):
         assert part in result.stdout
-    for part in ("p0 → w0", "tcp", "1500", "34.6", "2 checksum", "auto; shm: another host"):
+    for part in ("p0 → w0", "tcp", "1500", "34.6", "2 checksum", "auto; shm: another host", "decode-0 crashes"):
         assert part in result.stdout
     data = json.loads(run("status", "--json", "--target", gateway.target).stdout)
     assert data["workers"][0]["running"] == 3
     assert data["kv_links"][0]["refused"] == {"checksum": 2}
     assert data["models"][0]["name"] == "smol"
+    assert data["troubles"] == ["decode-0 crashes"]
 
 
 def test_chat_once(run, gateway):

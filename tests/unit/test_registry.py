@@ -115,3 +115,12 @@ async def test_the_shared_clock_is_redis_own(redis_client: Redis) -> None:
     clock = StoreClock(redis_client)
     seconds, micros = await redis_client.time()
     assert abs(await clock.now_ms() - (seconds * 1000 + micros / 1000)) < 500
+
+
+async def test_troubles_are_kept_until_they_are_mended(registry: Registry, redis_client: Redis) -> None:
+    assert await registry.troubles() == ()
+    await registry.set_troubles(["decode-0 crashes again and again"], 60)
+    assert await registry.troubles() == ("decode-0 crashes again and again",)
+    assert 0 < await redis_client.ttl(registry._keys.troubles) <= 60
+    await registry.set_troubles([], 60)
+    assert await registry.troubles() == ()

@@ -1,0 +1,148 @@
+"""The launcher's part in a change of configuration: what it replaces, and that it goes back when that fails."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from joinwise.actors import launch, runfile
+from joinwise.actors.controller import Controller
+from joinwise.cluster.config_model import JoinwiseConfig
+from joinwise.cluster.errors import ConfigError
+
+
+class FakeActor:
+    """Ready at once, unless its name is among the broken."""
+
+    def __init__(self, name: str, log: list[str], broken: set[str]) -> None:
+        self.name, self._log, self._broken = name, log, broken
+
+    async def start(self) -> dict[str, str]:
+        if self.name in self._broken:
+            raise ConfigError("no such argument")
+        self._log.append(f"+{self.name}")
+        return {"http": "http://h:1", "grpc": "h:2"}
+
+    async def failure(self, timeout_s: float) -> str:
+        return ""
+
+    async def stop(self, timeout_s: float, *arguments: float) -> None:
+        self._log.append(f"-{self.name}")
+
+    def kill(self) -> None:
+        self._log.append(f"x{self.name}")
+
+
+def config(**change: Any) -> JoinwiseConfig:
+    raw: dict[str, Any] = {
+        "models": [{"name": "m", "model": "smollm2-135m-instruct"}],
+        "pools": [
+            {"name": "p", "model": "m", "role": "prefill"},
+            {"name": "d", "model": "m", "role": "decode", "replicas": 2},
+        ],
+    }
+    return JoinwiseConfig.model_validate(raw | change)
+
+
+def pools(**of_prefill: Any) -> list[dict[str, Any]]:
+    return [
+        {"name": "p", "model": "m", "role": "prefill", **of_prefill},
+        {"name": "d", "model": "m", "role": "decode", "replicas": 2},
+    ]
+
+
+class Site:
+    """A cluster that runs, of fake actors."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[str] = []
+        self.said: list[str] = []
+        self.broken: set[str] = set()
+        monkeypatch.setattr(launch, "_CHANGE_EVERY_S", 0)
+        monkeypatch.setattr(launch.Cluster, "_fetch_models", lambda cluster: None)
+        monkeypatch.setattr(launch.ray_api, "Actor", self._actor)
+        monkeypatch.setattr(launch.ray_api, "node_id", lambda: "node")
+        self.cluster = launch.Cluster(config(), self.said.append)
+        self.cluster._ray = SimpleNamespace(local=True)  # type: ignore[assignment]
+
+    def _actor(self, target: str, *arguments: Any, name: str, num_cpus: float, **rest: Any) -> FakeActor:
+        assert num_cpus == 0, "on a Ray of our own CPUs hold nothing up"
+        return FakeActor(name, self.log, self.broken)
+
+    async def start(self) -> None:
+        self.cluster._controller = Controller(self.cluster._posts(self.cluster.config), self.said.append, 5)
+        await self.cluster._controller.fill()
+        self.log.clear()
+
+
+@pytest.fixture
+async def site(monkeypatch: pytest.MonkeyPatch) -> Site:
+    site = Site(monkeypatch)
+    await site.start()
+    return site
+
+
+async def test_a_change_of_one_pool_replaces_its_worker_alone(site: Site) -> None:
+    await site.cluster.apply(config(pools=pools(engine={"max_num_seqs": 4})))
+    assert site.log == ["+p-0-2", "-p-0-1"]
+    assert site.cluster.config.pools[0].engine == {"max_num_seqs": 4}
+
+
+async def test_more_replicas_start_and_fewer_leave(site: Site) -> None:
+    await site.cluster.apply(config(pools=pools(replicas=2)))
+    await site.cluster.apply(config(pools=pools()))
+    assert site.log == ["+p-1-1", "-p-1-1"]
+
+
+async def test_a_gateway_makes_room_first(site: Site) -> None:
+    await site.cluster.apply(config(gateway={"tool_parser": "hermes"}))
+    assert site.log == ["-gateway-0-1", "+gateway-0-2"]
+
+
+async def test_a_change_that_breaks_its_first_worker_is_taken_back(site: Site) -> None:
+    before = site.cluster.config
+    site.broken = {f"{slot}-{number}" for slot in ("p-0", "d-0", "d-1") for number in range(2, 9)}
+    with pytest.raises(ConfigError, match="no such argument"):
+        await site.cluster.apply(config(kv={"codec": "lossless"}))
+    assert site.cluster.config is before
+    assert site.cluster._controller is not None
+    while not await site.cluster._controller.look():
+        await asyncio.sleep(0)
+    assert not [line for line in site.log if line.startswith(("-", "+"))]
+
+
+async def test_what_cannot_be_changed_is_refused_before_anything_is_touched(site: Site) -> None:
+    with pytest.raises(ConfigError, match="dtype stay") as raised:
+        await site.cluster.apply(config(models=[{"name": "m", "model": "m", "dtype": "float32"}], cluster="other"))
+    assert len(raised.value.problems) == 2
+    assert site.log == []
+
+
+async def test_a_wish_is_answered(site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("JOINWISE_HOME", str(tmp_path))
+    file = tmp_path / "new.yaml"
+    with runfile.RunFile.claim("joinwise") as claimed:
+        claimed.ready({}, "redis://")
+        changes = launch._Changes(site.cluster, claimed, site.said.append)
+        asyncio.get_running_loop().add_signal_handler(runfile.CHANGE, changes.asked)
+
+        async def ask(text: str) -> None:
+            file.write_text(text)
+            wanted = runfile.wish("joinwise", file)
+            async with asyncio.timeout(5):
+                while not runfile.granted("joinwise", wanted):
+                    await asyncio.sleep(0.01)
+
+        try:
+            await ask(yaml.safe_dump(config().model_dump(mode="json")))
+            with pytest.raises(ConfigError, match="pools"):
+                await ask("pools: 1")
+        finally:
+            await changes.end()
+            asyncio.get_running_loop().remove_signal_handler(runfile.CHANGE)
+    assert "changed" in site.said
