@@ -17,6 +17,9 @@ def chaos(
     fault: Annotated[list[str] | None, typer.Option(help="Only these faults; all by default")] = None,
     prefill: Annotated[int, typer.Option(help="Prefill engines", min=1)] = 1,
     decode: Annotated[int, typer.Option(help="Decode engines", min=1)] = 2,
+    draft: Annotated[
+        bool, typer.Option("--draft", help="One more engine, which verifies what a draft actor proposes")
+    ] = False,
     rate: Annotated[float, typer.Option(help="Requests a second", min=0.1)] = 2.0,
     json: Annotated[Path | None, typer.Option("--json", help="Write figures, faults and the machine here")] = None,
 ) -> None:
@@ -26,11 +29,13 @@ def chaos(
     from joinwise.actors.chaos.schedule import KINDS
     from joinwise.cluster.errors import ConfigError
 
+    if fault == ["kill-draft"] and not draft:
+        raise ConfigError("kill-draft needs --draft")
     if unknown := [name for name in fault or () if name not in KINDS]:
         raise ConfigError(f"no fault {unknown[0]!r}; there are {', '.join(KINDS)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what it has started must end with it
-    kinds = [kind for kind in KINDS if not fault or kind in fault]
-    settings = Settings(requests, range(seed, seed + seeds), kinds, prefill, decode, rate=rate)
+    kinds = [kind for kind in KINDS if (not fault or kind in fault) and (draft or kind != "kill-draft")]
+    settings = Settings(requests, range(seed, seed + seeds), kinds, prefill, decode, draft, rate=rate)
     stderr = Console(stderr=True, highlight=False)
     figures, rows = run(settings, lambda line: stderr.print(line, markup=False))
     table = Table("figure", "value", title="joinwise chaos")
@@ -39,7 +44,8 @@ def chaos(
         table.add_row(name, f"{value:g}", style=style)
     Console().print(table)
     if json is not None:
-        sides = f"{prefill} prefill and {decode} decode engines in float32, one gateway, one Redis; all share the cores"
+        engines = f"{prefill} prefill and {decode} decode engines{' and one that speculates' if draft else ''}"
+        sides = f"{engines} in float32, one gateway, one Redis; all share the cores"
         report.write(json, "chaos", figures, rows, report.machine(sides=sides, rate=rate))
     if any(figures[name] for name in MUST_BE_ZERO):
         raise typer.Exit(1)

@@ -100,6 +100,16 @@ async def _drain_worker(fault: Fault, site: Site, load: Load) -> Fired:
     return Fired({"requests_in_engine": held, "drain": told}, worker.worker_id, process.pid)
 
 
+async def _kill_draft(fault: Fault, site: Site, load: Load) -> Fired:
+    draft = await site.draft()
+    if draft is None:
+        raise NotFiredError(f"{fault.kind}: there is no draft actor")
+    process = site.process_at(draft.address)
+    midway = load.midway
+    await _end(process)
+    return Fired({"streams_midway": midway}, draft.draft_id, process.pid)
+
+
 async def _kill_gateway(fault: Fault, site: Site, load: Load) -> Fired:
     process = site.process_at(site.grpc)
     midway = load.midway
@@ -153,4 +163,5 @@ _FAULTS: dict[Kind, Callable[[Fault, Site, Load], Awaitable[Fired]]] = {
     "kill-gateway": _kill_gateway,
     "kill-redis": _break_redis,
     "lose-redis": _break_redis,
+    "kill-draft": _kill_draft,
 }

@@ -47,6 +47,7 @@ class Settings:
         seeds: each draws a schedule.
         kinds: of faults; each comes once in a schedule.
         prefill, decode: engines.
+        draft: one more engine, which verifies what a draft actor proposes.
         distinct: questions, asked in turn.
         rate: requests a second.
     """
@@ -56,6 +57,7 @@ class Settings:
     kinds: Sequence[Kind] = schedule.KINDS
     prefill: int = 1
     decode: int = 2
+    draft: bool = False
     distinct: int = 24
     rate: float = 2.0
 
@@ -102,7 +104,7 @@ def break_one(
         redis = RedisServer(folder / "redis")
         redis.start()
         stack.callback(redis.kill)
-        config = cluster_config(name, redis.url, prefill=settings.prefill, decode=settings.decode)
+        config = cluster_config(name, redis.url, prefill=settings.prefill, decode=settings.decode, draft=settings.draft)
         file, log = folder / f"{name}.yaml", folder / f"{name}.log"
         file.touch(mode=0o600)
         file.write_text(yaml.safe_dump(config.model_dump(mode="json")))

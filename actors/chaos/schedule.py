@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 Kind = Literal[
     "kill-prefill", "kill-decode", "kill-gateway", "freeze-prefill", "freeze-decode", "drain-decode", "kill-redis",
-    "lose-redis",
+    "lose-redis", "kill-draft",
 ]  # fmt: skip
 KINDS: tuple[Kind, ...] = get_args(Kind)
 

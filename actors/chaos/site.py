@@ -13,6 +13,7 @@ import psutil
 
 from joinwise.actors.chaos.redis_server import RedisServer
 from joinwise.cluster.config import JoinwiseConfig
+from joinwise.cluster.drafts import DraftInfo, Drafts
 from joinwise.cluster.errors import InternalError, StoreUnavailableError
 from joinwise.cluster.router.registry import Registry, WorkerInfo
 from joinwise.cluster.store.client import connect
@@ -21,6 +22,7 @@ from joinwise.proto import engine_pb2, engine_pb2_grpc
 MODEL = "smollm2-135m-instruct"
 _ENGINE = {"enforce_eager": True, "kv_cache_memory_bytes": 200_000_000, "block_size": 32, "max_num_seqs": 8}
 _MAX_MODEL_LEN = 2048
+_VERIFY, _DRAFT = "verify", "draft"
 #: Engine arguments of the undisturbed engine, whose answers are the right ones.
 PLAIN_ENGINE = {**_ENGINE, "dtype": "float32", "max_model_len": _MAX_MODEL_LEN}
 
@@ -29,14 +31,25 @@ _LOOK_S = 0.005
 _ANSWER_S = 5.0
 
 
-def cluster_config(name: str, redis_url: str, *, prefill: int, decode: int) -> JoinwiseConfig:
-    """A small cluster in float32 that notices quickly, where every request is split."""
+def cluster_config(name: str, redis_url: str, *, prefill: int, decode: int, draft: bool = False) -> JoinwiseConfig:
+    """A small cluster in float32 that notices quickly, where every request is split.
+
+    Args:
+        name: of the cluster.
+        redis_url: of its Redis.
+        prefill, decode: engines.
+        draft: one more engine decodes, and verifies what a draft actor proposes.
+    """
     # Prompts in chunks, and never from a cache: prefill takes long enough to be hit.
     slow = {"max_num_batched_tokens": 128, "enable_prefix_caching": False}
     pools = [
         {"name": "prefill", "model": MODEL, "role": "prefill", "replicas": prefill, "engine": {**_ENGINE, **slow}},
         {"name": "decode", "model": MODEL, "role": "decode", "replicas": decode, "engine": dict(_ENGINE)},
     ]
+    if draft:
+        asks = {"speculation": {"draft": _DRAFT}, "engine": dict(_ENGINE)}
+        pools += [{"name": _VERIFY, "model": MODEL, "role": "decode", **asks}]
+        pools += [{"name": _DRAFT, "model": MODEL, "role": "draft"}]
     return JoinwiseConfig.model_validate(
         {
             "cluster": name,
@@ -85,6 +98,16 @@ class Site:
             await client.aclose()
         return tuple(info for info in found if not role or info.role == role)
 
+    async def draft(self) -> DraftInfo | None:
+        """The draft actor that an engine would be given now; None while there is none."""
+        client = connect(self.redis.url, self.config.redis)
+        try:
+            return await Drafts(client, self.config.cluster, self.config.router).bind(_DRAFT, self.config.cluster)
+        except StoreUnavailableError:
+            return None
+        finally:
+            await client.aclose()
+
     async def busy(self, role: str) -> Sequence[WorkerInfo]:
         """The workers of a role that have requests in their engines; waits for one."""
         while True:
@@ -98,15 +121,20 @@ class Site:
             await asyncio.sleep(_LOOK_S)
 
     async def wait_whole(self, gone: str, timeout_s: float) -> float | None:
-        """Wait until all workers that there should be take requests, one that is named not among them, and the gateway
+        """Wait until all workers that there should be are there, one that is named not among them, and the gateway
         answers; returns the seconds that this took, None if it did not come to pass in time."""
         begin = time.monotonic()
-        wanted = {pool.name: pool.replicas for pool in self.config.pools}
+        wanted = {pool.name: pool.replicas for pool in self.config.pools if pool.role != "draft"}
+        drafts = len(wanted) < len(self.config.pools)
         async with httpx.AsyncClient(base_url=self.http, timeout=_ANSWER_S) as client:
             while time.monotonic() - begin < timeout_s:
                 live = await self.workers()
                 counts = {name: sum(info.pool == name for info in live) for name in wanted}
-                if counts == wanted and gone not in {info.worker_id for info in live} and await _healthy(client):
+                ids = {info.worker_id for info in live}
+                draft = await self.draft() if drafts else None
+                ids |= {draft.draft_id} if draft is not None else set()
+                whole = counts == wanted and (draft is not None) == drafts and gone not in ids
+                if whole and await _healthy(client):
                     return time.monotonic() - begin
                 await asyncio.sleep(_POLL_S)
         return None

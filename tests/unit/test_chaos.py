@@ -20,6 +20,7 @@ from joinwise.actors.chaos.load import Load, Outcome, Question, questions, verdi
 from joinwise.actors.chaos.redis_server import RedisServer
 from joinwise.actors.chaos.schedule import KINDS, Fault
 from joinwise.actors.chaos.site import Site, cluster_config
+from joinwise.cluster.config_check import problems
 from joinwise.cluster.errors import InternalError
 
 RIGHT = list(range(100, 120))
@@ -247,6 +248,29 @@ async def test_a_worker_is_hit(kind: Any, state: str | None, listener: Any, monk
         assert psutil.Process(process.pid).status() == state
     else:
         assert not psutil.pid_exists(process.pid)
+
+
+async def test_the_draft_actor_is_hit(listener: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    process, address = listener
+    found: list[Any] = [None, SimpleNamespace(draft_id="draft-0-1", address=address)]
+
+    async def draft(self: Site) -> Any:
+        return found.pop(0)
+
+    monkeypatch.setattr(Site, "draft", draft)
+    site = site_of(None, psutil.Process().pid)
+    with pytest.raises(faults.NotFiredError, match="no draft actor"):
+        await faults.strike(fault("kill-draft"), site, LOAD)
+    fired = await faults.strike(fault("kill-draft"), site, LOAD)
+    assert (fired.gone, fired.pid) == ("draft-0-1", process.pid)
+    assert not psutil.pid_exists(process.pid)
+
+
+@pytest.mark.parametrize("draft", [False, True])
+def test_its_cluster_can_work(draft: bool) -> None:
+    config = cluster_config("chaos", "redis://127.0.0.1:1/0", prefill=1, decode=2, draft=draft)
+    assert problems(config) == []
+    assert {pool.role for pool in config.pools} == {"prefill", "decode"} | ({"draft"} if draft else set())
 
 
 async def test_a_worker_that_is_never_busy_is_not_hit(listener: Any, monkeypatch: pytest.MonkeyPatch) -> None:
