@@ -130,6 +130,7 @@ class Gateway:
         adapters = [each.adapters for each in self._models]
         models.first.include_router(adapter_routes(adapters, admin=config.gateway.admin))
         models.first.include_router(Federation(self._registry.list, self._peers).routes())
+        models.first.include_router(self._ledgers.routes())
         self._service = InferenceService(models, status=self._status, ledger=self._ledger_of, admission=on_terms)
         _RUNNING.set_function(lambda: len(self.running()))
         jobs = [self._renew(), self._expire(), self._watch()]

@@ -34,7 +34,7 @@ from joinwise.cluster.errors import (
 
 OPEN_TO_ALL = frozenset({"/health", "/ping"})
 ADMINISTRATION = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/reset_prefix_cache"})
-METRICS = frozenset({"/metrics", "/federate", console.EVENTS, console.REQUEST})
+METRICS = frozenset({"/metrics", "/federate", "/ledgers", console.EVENTS, console.REQUEST})
 _LONGEST_ID = 128
 
 

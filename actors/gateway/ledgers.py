@@ -9,6 +9,8 @@ import statistics
 import time
 from collections import OrderedDict
 
+from fastapi import APIRouter
+from fastapi.responses import Response
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from vllm.v1.engine import EngineCoreOutput
 
@@ -199,6 +201,17 @@ class Ledgers:
     def latest(self, most: int) -> list[RequestLedger]:
         """The last ledgers, oldest first."""
         return [*itertools.islice(reversed(self._kept.values()), most)][::-1]
+
+    def routes(self) -> APIRouter:
+        """The path of the HTTP interface that gives all that are kept, oldest first, a line each."""
+        router = APIRouter()
+        router.add_api_route("/ledgers", self.answer, methods=["GET"], include_in_schema=False)
+        return router
+
+    async def answer(self) -> Response:
+        """JSON lines, as `joinwise trace export` and `joinwise plan --from-live` read them."""
+        lines = "".join(f"{each.to_json()}\n" for each in self.latest(_KEPT))
+        return Response(lines, media_type="application/jsonl")
 
     def of_call(self, call_id: str) -> list[RequestLedger]:
         """The ledgers of a client's call that has ended lately, one per sample."""

@@ -74,6 +74,20 @@ def default_target() -> str:
     return _last_ready(lambda facts: str(facts["addresses"]["grpc"])) or DEFAULT_TARGET
 
 
+def http_of() -> str:
+    """The URL of the gateway of the cluster that `joinwise up` last made ready on this machine.
+
+    Raises:
+        ConfigError: no cluster runs here.
+    """
+    from joinwise.cluster.errors import ConfigError
+
+    found = _last_ready(lambda facts: str(facts["addresses"]["http"]))
+    if found is None:
+        raise ConfigError("no cluster runs on this machine: name a gateway")
+    return found
+
+
 def redis_of(url: str | None, cluster: str) -> tuple[str, str]:
     """URL of Redis and name of the cluster that the options name, or of the one that runs on this machine.
 

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from joinwise.cluster.cli.options import Ca, ClusterName, RedisUrl, Token
 from joinwise.cluster.cli.simulate_command import (
     LimitOption,
     LlmOption,
+    PoissonOption,
     ProfileOption,
     RateOption,
     TraceOption,
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def plan(
-    trace: TraceOption,
+    trace: TraceOption = "",
     kinds: Annotated[str, typer.Option(help="Kinds of machines to choose from.")] = "a100,h100,h100cap",
     iso: Annotated[
         str, typer.Option(help="What is given: throughput (the trace), or a budget of cost (an hour) or power (kW).")
@@ -39,17 +41,45 @@ def plan(
     profile: ProfileOption = None,
     llm: LlmOption = "bloom-176b",
     rate: RateOption = 1.0,
+    poisson: PoissonOption = None,
     limit: LimitOption = 2000,
     check: Annotated[bool, typer.Option(help="Run what is recommended once more, with the router that serves.")] = True,
     yaml: Annotated[Path | None, typer.Option(help="Write the recommended joinwise.yaml.", show_default=False)] = None,
     helm: Annotated[Path | None, typer.Option(help="Write Helm values of it.", show_default=False)] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with plots.", show_default=False)] = None,
     json: Annotated[Path | None, typer.Option(help="Write figures to this file.", show_default=False)] = None,
+    from_live: Annotated[
+        bool, typer.Option("--from-live", help="Say what would help the cluster that runs, by its own last hour.")
+    ] = False,
+    redis: RedisUrl = None,
+    cluster: ClusterName = "joinwise",
+    gateway: Annotated[
+        list[str] | None,
+        typer.Option(help="With --from-live: a gateway's URL; may be repeated.", show_default=False),
+    ] = None,
+    ledgers: Annotated[
+        list[Path] | None,
+        typer.Option(help="With --from-live: ledgers that were kept, JSON lines.", show_default=False),
+    ] = None,
+    served: Annotated[
+        str | None, typer.Option(help="With --from-live: the model, where several are served.", show_default=False)
+    ] = None,
+    token: Token = None,
+    ca: Ca = None,
 ) -> None:
     """Find the cluster that keeps the nine objectives at the least cost, or the most traffic for a budget."""
     from rich.console import Console
 
     from joinwise.cluster.errors import ConfigError
+
+    if from_live == bool(trace):
+        raise ConfigError("a plan is for a --trace, or --from-live for the cluster that runs; say one of them")
+    if from_live:
+        from joinwise.cluster.cli.plan_live import advise_live
+
+        measured = load_profile(profile, llm) if profile is not None else None
+        advise_live(redis, cluster, gateway or (), token, ca, ledgers or (), served, measured, json)
+        return
     from joinwise.cluster.plan.page import Story, page
     from joinwise.cluster.plan.recommend import configuration, headroom, helm_values
     from joinwise.cluster.plan.search import Search
@@ -60,6 +90,8 @@ def plan(
     if iso not in ("throughput", "cost", "power") or (budget is None) != (iso == "throughput"):
         raise ConfigError("--iso is throughput, or cost or power with a --budget")
     requests = parse(trace, 0).scaled(rate, limit=limit)
+    if poisson is not None:
+        requests = requests.redrawn(poisson, 0)
     measured = load_profile(profile, llm)
     names = [measured.kind(name).name for name in dict.fromkeys(kinds.split(","))]
     console = Console(stderr=True)

@@ -25,6 +25,12 @@ ProfileOption = Annotated[
 ]
 LlmOption = Annotated[str, typer.Option(help="The language model, as the profile names it.")]
 RateOption = Annotated[float, typer.Option(help="Let requests come so many times as often.")]
+PoissonOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Let requests of the trace's lengths come independently, so many a second.", min=1e-6, show_default=False
+    ),
+]
 LimitOption = Annotated[
     int | None, typer.Option(help="Take the first so many requests only.", min=1, show_default=False)
 ]
@@ -46,6 +52,7 @@ def simulate(
     profile: ProfileOption = None,
     llm: LlmOption = "bloom-176b",
     rate: RateOption = 1.0,
+    poisson: PoissonOption = None,
     prompt_scale: Annotated[float, typer.Option(help="Make prompts so many times as long.")] = 1.0,
     output_scale: Annotated[float, typer.Option(help="Make answers so many times as long.")] = 1.0,
     limit: LimitOption = None,
@@ -70,6 +77,8 @@ def simulate(
     from joinwise.cluster.simulate.trace import parse
 
     requests = parse(trace, seed).scaled(rate, prompt_scale, output_scale, limit)
+    if poisson is not None:
+        requests = requests.redrawn(poisson, seed)
     cluster, measured = parse_pools(pools), load_profile(profile, llm)
     failures = [parse_failures(text) for text in fail or ()]
     with Console(stderr=True).status("simulating"):

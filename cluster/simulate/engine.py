@@ -19,10 +19,13 @@ Part = Literal["whole", "prefill", "decode"]
 class Task:
     """A part of a request at an engine.
 
+    Args:
+        replays: steps in which a decode part repeats tokens that were generated elsewhere.
+
     Attributes:
         part: "prefill" ends with the first token, "decode" begins behind it.
         todo: prompt tokens still to be computed.
-        left: tokens still to be generated.
+        left: tokens still to be generated, those that are repeated included.
         context: tokens in its KV cache.
         chunk: prompt tokens of the step under way.
         skipped: steps for which others were taken instead.
@@ -32,12 +35,12 @@ class Task:
 
     __slots__ = ("chunk", "computed", "context", "job", "left", "part", "ran", "skipped", "todo")
 
-    def __init__(self, job: Job, part: Part) -> None:
+    def __init__(self, job: Job, part: Part, replays: int = 0) -> None:
         self.job = job
         self.part = part
         self.todo = 0 if part == "decode" else job.prompt - job.cached
         self.context = job.prompt if part == "decode" else job.cached
-        self.left = 1 if part == "prefill" else job.output - (part == "decode")
+        self.left = 1 if part == "prefill" else job.output + (replays - 1) * (part == "decode")
         self.chunk = 0
         self.skipped = 0
         self.ran = False
@@ -147,7 +150,10 @@ class Engine(ABC):
             task.left -= done
         self.down = True
         self.version += 1
-        return {task.job: max(0, task.job.output - task.left) if task.computed else 0 for task in self.tasks()}
+        return {
+            task.job: max(task.part == "decode", task.job.output - task.left) if task.computed else 0
+            for task in self.tasks()
+        }
 
     @abstractmethod
     def clear(self) -> None:

@@ -11,7 +11,7 @@ import statistics
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -47,6 +47,10 @@ class Curve:
         if known is None:
             known = self._known[count] = max(self.least, self._line(count))
         return known
+
+    def scaled(self, times: float) -> Curve:
+        """The same curve with so many times the seconds."""
+        return Curve({count: seconds * times for count, seconds in self.points.items()})
 
     def covers(self, count: float) -> bool:
         """Whether it was measured that far."""
@@ -96,6 +100,11 @@ class Kind:
     def least_s(self) -> float:
         """No step is shorter."""
         return min(self.prefill.least, self.tokens.least, self.batch.least)
+
+    def slower(self, times: float) -> Kind:
+        """The same machine with everything that it computes taking so many times as long."""
+        curves = {name: getattr(self, name).scaled(times) for name in ("prefill", "tokens", "batch")}
+        return replace(self, **curves, context_s=self.context_s * times)
 
 
 #: Names of devices in measured tables -> kinds.

@@ -15,12 +15,13 @@ from typing import Any, Literal
 from joinwise.cluster.config_model import RouterConfig
 from joinwise.cluster.errors import ConfigError
 from joinwise.cluster.simulate.live_router import LiveRouter
+from joinwise.cluster.simulate.models import MODELS
 from joinwise.cluster.simulate.outages import Failures
 from joinwise.cluster.simulate.policy import POLICIES
 from joinwise.cluster.simulate.pools import PoolSpec
 from joinwise.cluster.simulate.profile import Profile
 from joinwise.cluster.simulate.report import figures, rows
-from joinwise.cluster.simulate.simulator import MODELS, Outcome, Simulation
+from joinwise.cluster.simulate.simulator import Outcome, Simulation
 from joinwise.cluster.simulate.trace import Trace
 from joinwise.cluster.store.embedded import EmbeddedRedis
 

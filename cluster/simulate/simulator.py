@@ -13,54 +13,17 @@ from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
 from joinwise.cluster.errors import ConfigError
-from joinwise.cluster.simulate.engine import Engine, World
-from joinwise.cluster.simulate.engine_splitwise import SplitwiseEngine
-from joinwise.cluster.simulate.engine_vllm import VllmEngine
+from joinwise.cluster.simulate.engine import Engine
 from joinwise.cluster.simulate.job import Job, Stage
-from joinwise.cluster.simulate.link import Links
+from joinwise.cluster.simulate.models import Model
 from joinwise.cluster.simulate.outages import Disruption, Outage
 from joinwise.cluster.simulate.policy import Choice, Policy
 from joinwise.cluster.simulate.pools import PoolSpec
 from joinwise.cluster.simulate.prefix import PrefixCaches
-from joinwise.cluster.simulate.profile import Coverage, Kind, Profile
+from joinwise.cluster.simulate.profile import Coverage, Profile
 from joinwise.cluster.simulate.trace import Trace
 
 _MOST_RETRIES = 1_000_000
-EngineType = Callable[[str, Kind, str, World], Engine]
-
-
-@dataclass(frozen=True)
-class Model:
-    """What a simulation assumes of engines and links.
-
-    Attributes:
-        name: "vllm" or "splitwise".
-        engine: makes an engine.
-        links: makes the network.
-        tbt_over_all: time between tokens is over all tokens, as SplitwiseSim has it, not over the gaps between them.
-        policy: the usual one.
-        retry_s: a cache that finds no room where it is to go is offered again after so long; None: when there is room.
-    """
-
-    name: str
-    engine: EngineType
-    links: Callable[[], Links]
-    tbt_over_all: bool
-    policy: str
-    retry_s: float | None = None
-
-
-MODELS = {
-    "vllm": Model("vllm", VllmEngine, Links, tbt_over_all=False, policy="auto"),
-    "splitwise": Model(
-        "splitwise",
-        SplitwiseEngine,
-        lambda: Links(bytes_s=200 * 1024**3, contended=False, overlap=False),
-        tbt_over_all=True,
-        policy="splitwise",
-        retry_s=1.0,
-    ),
-}
 
 
 @dataclass

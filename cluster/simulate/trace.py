@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from io import TextIOWrapper
+from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -82,6 +83,19 @@ class Trace:
             Arrival(each.at / rate, _scaled(each.prompt, prompt), _scaled(each.output, output), each.blocks)
             for each in self.arrivals[:limit]
         ]
+        return Trace(self.name, made, self.block_tokens)
+
+    def redrawn(self, rate: float, seed: int) -> Trace:
+        """The same lengths in the same order, arriving independently, so many a second on average.
+
+        Raises:
+            ConfigError: a rate that is not above zero.
+        """
+        if not 0 < rate < math.inf:
+            raise ConfigError(f"requests arrive at a rate above 0, not {rate}/s")
+        rng = random.Random(seed)  # noqa: S311 - reproducible, not secret
+        times = accumulate(rng.expovariate(rate) for _ in self.arrivals)
+        made = [each._replace(at=at) for each, at in zip(self.arrivals, times, strict=True)]
         return Trace(self.name, made, self.block_tokens)
 
 

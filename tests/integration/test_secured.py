@@ -105,7 +105,7 @@ async def test_grpc_over_tls(secured: Secured) -> None:
 
 async def test_roles_and_the_audit_log(secured: Secured) -> None:
     async with secured.http(None) as nobody, secured.http() as user, secured.http("admin") as admin:
-        for path in ("/v1/models", "/metrics", "/federate", "/docs", "/tokenize"):
+        for path in ("/v1/models", "/metrics", "/federate", "/ledgers", "/docs", "/tokenize"):
             assert (await nobody.get(path)).status_code == 401, path
         assert (await nobody.get("/health")).status_code == 200
         assert (await user.get("/metrics")).status_code == 403

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from joinwise.actors.gateway.audit import Audit
 from joinwise.actors.gateway.front import Front
-from joinwise.actors.gateway.guard import ADMINISTRATION, Guard
+from joinwise.actors.gateway.guard import ADMINISTRATION, METRICS, Guard
 from joinwise.actors.gateway.http_limits import limited_protocol
 from joinwise.actors.gateway.identity import Authenticator, caller
 from joinwise.actors.gateway.ledgers import Ledgers
@@ -146,8 +146,9 @@ async def test_a_preflight_needs_no_credential(world: World) -> None:
 
 @pytest.mark.parametrize("role", apikeys.ROLES)
 async def test_roles(world: World, role: str) -> None:
-    allowed = {"user": {"/v1/models"}, "metrics": {"/metrics"}}.get(role, {"/v1/models", "/metrics", *ADMINISTRATION})
-    for path in {"/v1/models", "/metrics", *ADMINISTRATION}:
+    paths = {"/v1/models", *METRICS, *ADMINISTRATION}
+    allowed = {"user": {"/v1/models"}, "metrics": METRICS}.get(role, paths)
+    for path in paths:
         answer = await world.client.post(path, headers=world.auth(role))
         assert answer.status_code == (200 if path in allowed else 403), path
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import yaml
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from helpers.certificates import Authority
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -121,7 +123,23 @@ def test_the_call_s_context_reaches_the_trace(spans: InMemorySpanExporter) -> No
     assert "secret" not in root.to_json()
 
 
-# Merged metrics.
+# Ledgers and merged metrics.
+
+
+def test_ledgers_are_given_a_line_each() -> None:
+    ledgers = Ledgers(CollectorRegistry())
+    app = FastAPI()
+    app.include_router(ledgers.routes())
+    client = TestClient(app)
+    assert client.get("/ledgers").text == ""
+    for number in range(3):
+        name = f"r{number}"
+        builder = LedgerBuilder(
+            request_id=name, call_id=name, model="m", created=time.monotonic(), routed_s=0.0, prompt_tokens=number
+        )
+        ledgers.add(name, builder)
+    lines = client.get("/ledgers").text.splitlines()
+    assert [RequestLedger.from_json(line).request_id for line in lines] == ["r0", "r1", "r2"]
 
 
 @pytest.fixture

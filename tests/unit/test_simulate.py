@@ -18,13 +18,14 @@ from joinwise.cluster.simulate import profile as profiles
 from joinwise.cluster.simulate.engine_vllm import VllmEngine
 from joinwise.cluster.simulate.job import Job
 from joinwise.cluster.simulate.link import Links
+from joinwise.cluster.simulate.models import MODELS
 from joinwise.cluster.simulate.policy import POLICIES
 from joinwise.cluster.simulate.pools import PoolSpec, parse_pools
 from joinwise.cluster.simulate.prefix import PrefixCaches
 from joinwise.cluster.simulate.profile import Curve, Kind, Profile
 from joinwise.cluster.simulate.report import SLOS, missed, percentile
 from joinwise.cluster.simulate.run import Result, simulate
-from joinwise.cluster.simulate.simulator import MODELS, Simulation
+from joinwise.cluster.simulate.simulator import Simulation
 from joinwise.cluster.simulate.trace import Arrival, Trace, load, poisson
 
 SHARED = Path(os.environ.get("JOINWISE_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "data/splitwise"
@@ -84,9 +85,10 @@ def test_a_split_request_waits_for_its_cache() -> None:
     assert result.figures["handoff_p50_s"] == pytest.approx(0.1)
     assert "handoff_p50_s" not in run([Arrival(0.0, 1000, 2)]).figures
     (job,) = result.outcome.jobs
-    # 1 MB at 1 MB/s, sent from the first of ten layers on: 0.1 s of prompt, then 1 s of sending.
+    # 1 MB at 1 MB/s, sent from the first of ten layers on: 0.1 s of prompt, then 1 s of sending. The first token is
+    # repeated in a step of its own before the second one comes.
     assert job.first == pytest.approx(1.0)
-    assert job.end == pytest.approx(0.1 + 1.0 + 0.010)
+    assert job.end == pytest.approx(0.1 + 1.0 + 2 * 0.010)
     assert job.landed == pytest.approx(1.1)
     serial = MODELS["vllm"].__class__("serial", VllmEngine, lambda: Links(overlap=False), False, "auto")
     outcome = Simulation(
@@ -96,15 +98,24 @@ def test_a_split_request_waits_for_its_cache() -> None:
         serial,
         lambda run: POLICIES["round_robin"](run.engines, 0),
     ).run()
-    assert outcome.jobs[0].end == pytest.approx(1.0 + 1.0 + 0.010)
+    assert outcome.jobs[0].end == pytest.approx(1.0 + 1.0 + 2 * 0.010)
+
+
+def test_a_cache_that_comes_during_a_step_is_heard_of_with_the_next() -> None:
+    arrivals = [Arrival(0.0, 100, 50), Arrival(0.0, 105, 2)]
+    profile = small(link_bytes_s=1e12)
+    _, late = run(arrivals, pools="prefill=2xa,decode=1xa", profile=profile).outcome.jobs
+    # It lands at 0.105 in the other's first step, is reported with the second, and joins the third, of two.
+    assert late.landed == pytest.approx(0.105, abs=1e-5)
+    assert late.end == pytest.approx(0.100 + 2 * 0.010 + 2 * 0.011, abs=1e-5)
 
 
 def test_two_caches_on_one_card_go_one_after_the_other() -> None:
     arrivals = [Arrival(0.0, 1000, 2), Arrival(0.0, 1000, 2)]
     shared = run(arrivals, pools="prefill=2xa,decode=1xa").outcome.jobs
     apart = run(arrivals, pools="prefill=2xa,decode=2xa").outcome.jobs
-    assert max(job.end for job in apart) == pytest.approx(1.11)
-    assert max(job.end for job in shared) == pytest.approx(2.11)
+    assert max(job.end for job in apart) == pytest.approx(1.12)
+    assert max(job.end for job in shared) == pytest.approx(2.12)
 
 
 def test_without_memory_the_last_one_starts_again() -> None:

@@ -16,11 +16,12 @@ from joinwise.cluster.errors import ConfigError
 from joinwise.cluster.router.router import Router
 from joinwise.cluster.simulate import profile as profiles
 from joinwise.cluster.simulate.live_router import LiveRouter
+from joinwise.cluster.simulate.models import MODELS
 from joinwise.cluster.simulate.outages import MOST_MOVES, Failures, Outage, parse_failures
 from joinwise.cluster.simulate.policy import POLICIES, Counted, Splitwise
 from joinwise.cluster.simulate.pools import parse_pools
 from joinwise.cluster.simulate.profile import Curve, Kind, Profile
-from joinwise.cluster.simulate.simulator import MODELS, Simulation
+from joinwise.cluster.simulate.simulator import Simulation
 from joinwise.cluster.simulate.trace import Arrival, Trace, poisson
 from joinwise.cluster.store.embedded import EmbeddedRedis
 

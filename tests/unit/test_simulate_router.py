@@ -10,9 +10,10 @@ from joinwise.cluster.errors import NoWorkerError
 from joinwise.cluster.router.router import Router
 from joinwise.cluster.simulate import profile as profiles
 from joinwise.cluster.simulate.live_router import LiveRouter
+from joinwise.cluster.simulate.models import MODELS
 from joinwise.cluster.simulate.pools import parse_pools
 from joinwise.cluster.simulate.run import simulate
-from joinwise.cluster.simulate.simulator import MODELS, Simulation
+from joinwise.cluster.simulate.simulator import Simulation
 from joinwise.cluster.simulate.trace import Trace, poisson
 from joinwise.cluster.store.embedded import EmbeddedRedis
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import math
+import statistics
 from pathlib import Path
 
 import pytest
@@ -146,3 +148,16 @@ def test_factors_that_cannot_be() -> None:
     with pytest.raises(ConfigError, match="names the blocks"):
         trace.scaled(prompt=2.0)
     assert trace.rate == math.inf
+
+
+def test_lengths_of_a_trace_come_independently() -> None:
+    given = Trace("t", [Arrival(60.0 * number, 10 + number, 5, (number,)) for number in range(4000)], 512)
+    found = given.redrawn(70.0, 3)
+    assert [each[1:] for each in found.arrivals] == [each[1:] for each in given.arrivals]
+    assert found.rate == pytest.approx(70, rel=0.05) and found.block_tokens == 512
+    gaps = [later.at - earlier.at for earlier, later in itertools.pairwise(found.arrivals)]
+    assert min(gaps) >= 0 and statistics.stdev(gaps) == pytest.approx(statistics.mean(gaps), rel=0.1)  # exponential
+    assert found == given.redrawn(70.0, 3) != given.redrawn(70.0, 4)
+    for rate in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ConfigError, match="above 0"):
+            given.redrawn(rate, 0)

@@ -1,0 +1,297 @@
+"""`joinwise plan --from-live`: a cluster from its registry and ledgers, and which change of it helps."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from joinwise.cluster.cli import plan_live
+from joinwise.cluster.cli.main import app
+from joinwise.cluster.errors import ConfigError
+from joinwise.cluster.ledger import RequestLedger
+from joinwise.cluster.plan.advice import advise, changes
+from joinwise.cluster.plan.live import Cluster, read, seen, together
+from joinwise.cluster.router.registry import WorkerInfo, WorkerLoad, WorkerState
+from joinwise.cluster.simulate.pools import PoolSpec, parse_pools
+from joinwise.cluster.simulate.profile import Curve, Kind, Profile
+from joinwise.cluster.simulate.report import PERCENTILES, SLOS
+from joinwise.cluster.simulate.run import simulate
+from joinwise.cluster.simulate.trace import Trace, poisson
+
+NOW = 1_790_000_000.0
+MACHINE = Kind(
+    name="a",
+    prefill=Curve({1: 0.001, 1000: 1.0}),
+    tokens=Curve({1: 0.010}),
+    batch=Curve({1: 0.010, 11: 0.020}),
+    context_s=0.0,
+    kv_bytes=1000,
+    kv_tokens=64_000,
+    link_bytes_s=1e9,
+    layers=10,
+    price=1.0,
+    power=1.0,
+)
+
+
+def worker(name: str, role: str, pool: str = "", **load: Any) -> WorkerState:
+    info = WorkerInfo(
+        worker_id=name,
+        epoch=1,
+        model="m",
+        pool=pool or role,
+        role=role,
+        fingerprint="f",
+        model_digest="",
+        engine_address="",
+        kv_address="",
+        metrics_address="",
+        capabilities=frozenset(),
+        kv_layout="",
+        max_model_len=8192,
+        block_size=32,
+        num_blocks=2000,
+        max_num_seqs=64,
+        adapters=frozenset(),
+        vllm_version="",
+        protocol_version=1,
+        started_ms=0,
+    )
+    return WorkerState(info, WorkerLoad(**load), 0, 0, 0, 0, 0, 64_000)
+
+
+def ledgers_of(trace: Trace, pools: str) -> list[RequestLedger]:
+    """What a cluster of `MACHINE`s with one worker a role would tell of a trace."""
+    jobs = simulate(trace, parse_pools(pools), Profile("m", {"a": MACHINE}, "a"), policy="round_robin").outcome.jobs
+    split = "decode" in pools
+    return [
+        RequestLedger(
+            request_id=f"r{job.index}",
+            model="m",
+            arrived=NOW + job.at,
+            prefill_worker="p-0" if split and job.output > 1 else None,
+            decode_worker="d-0" if split and job.output > 1 else "p-0",
+            prefill_s=job.first - job.began,
+            ttft_s=job.ttft,
+            token_gap_median_s=(job.end - max(job.landed, job.first)) / (job.output - 1 + split),
+            wire_bytes=1000 * job.prompt if split and job.output > 1 else 0,
+            wire_seconds_exposed=job.prompt * 1e-6,
+            prompt_tokens=job.prompt,
+            output_tokens=job.output,
+            total_s=job.e2e,
+        )
+        for job in jobs
+    ]
+
+
+def lines(ledgers: Sequence[RequestLedger]) -> list[str]:
+    return [each.to_json() for each in ledgers]
+
+
+# --- what is seen -----------------------------------------------------------------------------------------------------
+
+
+def test_the_machines_times_come_out_of_the_ledgers() -> None:
+    trace = poisson(1.5, 200, 1, prompt=300, output=40)
+    found = seen(
+        [worker("p-0", "prefill"), worker("d-0", "decode", prefill_tokens_per_s=1000.0)],
+        read(lines(ledgers_of(trace, "prefill=1xa,decode=1xa"))),
+    )
+    assert found.pools == (PoolSpec("decode", "decode", 1), PoolSpec("prefill", "prefill", 1))
+    assert [each[1:3] for each in found.trace.arrivals] == [each[1:3] for each in trace.arrivals]
+    for tokens in (150, 300, 900):
+        assert found.profile.kind("prefill").prefill(tokens) == pytest.approx(tokens / 1000, rel=0.05)
+    for batch in (1, 2, 3):
+        assert found.profile.kind("decode").batch(batch) == pytest.approx(MACHINE.batch(batch), rel=0.08)
+    assert found.profile.kind("decode").kv_bytes == found.profile.kind("prefill").kv_bytes
+    assert found.profile.kind("prefill").link_bytes_s == pytest.approx(1e9, rel=0.01)
+    assert [each for each in found.guessed if "decode" in each] == [
+        "decode: prompts at the 1000 tokens a second that it last measured"
+    ]
+
+
+def test_what_nobody_measured_is_told_or_asked_for() -> None:
+    told = ledgers_of(poisson(1.5, 20, 1, prompt=300, output=40), "prefill=1xa,decode=1xa")
+    with pytest.raises(ConfigError, match=r"'decode' computes prompts; give it a --profile"):
+        seen([worker("p-0", "prefill"), worker("d-0", "decode")], told)
+    found = seen(
+        [worker("p-0", "prefill"), worker("d-0", "decode")],
+        told,
+        Profile("m", dict.fromkeys(("prefill", "decode"), MACHINE), "prefill"),
+    )
+    assert found.profile.kind("decode") is MACHINE and not found.guessed
+    with pytest.raises(ConfigError, match="no machine of the kind 'decode'"):
+        seen([worker("p-0", "prefill"), worker("d-0", "decode")], told, Profile("m", {"prefill": MACHINE}, "prefill"))
+
+
+def test_only_the_last_hour_counts_each_request_once() -> None:
+    old, fresh, again = (
+        RequestLedger(f"r{number}", "m", NOW + at, prompt_tokens=5, output_tokens=2)
+        for number, at in ((0, 0), (1, 5000), (2, 5001))
+    )
+    silent = RequestLedger("r3", "m", NOW + 5002, prompt_tokens=5)
+    other = RequestLedger("r4", "other", NOW + 5003, prompt_tokens=5, output_tokens=2)
+    found = read(["", *lines([again, old, fresh, silent, fresh, other])], "m")
+    assert [each.request_id for each in found] == ["r1", "r2"]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ([], "0 requests"),
+        (["{}"], "line 1 of the ledgers is none"),
+        (["", "what\xff"], "line 2"),
+        (lines([RequestLedger("r", "m", NOW, prompt_tokens=1, output_tokens=1)]), "1 requests"),
+    ],
+)
+def test_ledgers_that_cannot_be_used(given: list[str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        read(given)
+
+
+def test_workers_that_cannot_be_planned_for() -> None:
+    told = ledgers_of(poisson(1.5, 20, 1, prompt=300, output=40), "mixed=1xa")
+    for workers in ([], [worker("p-0", "draining")]):
+        with pytest.raises(ConfigError, match="serve none"):
+            seen(workers, told)
+
+
+def test_who_decodes_together_is_counted_by_time() -> None:
+    spans = [(0.0, 10.0), (5.0, 10.0), (9.0, 11.0), (20.0, 21.0)]
+    made = [RequestLedger(f"r{n}", arrived=NOW + begin, total_s=end - begin) for n, (begin, end) in enumerate(spans)]
+    assert together(made) == pytest.approx([1 + 0.5 + 0.1, 1 + 1 + 0.2, 1 + 0.5 + 0.5, 1.0])
+
+
+# --- what would help --------------------------------------------------------------------------------------------------
+
+
+def figures(worst: float, refused: float = 0.0) -> dict[str, float]:
+    found = {
+        f"{name}_slowdown_p{percent}": worst * limit
+        for name, limits in SLOS.items()
+        for percent, limit in zip(PERCENTILES, limits, strict=True)
+    }
+    return {
+        **found,
+        "refused": refused,
+        "e2e_p50_s": worst,
+        "ttft_p90_s": worst,
+        "tbt_p90_ms": worst,
+        "e2e_p90_s": worst,
+    }
+
+
+def balance(pools: Sequence[PoolSpec], rate: float) -> Mapping[str, float]:
+    """Prompts need three machines' work, answers one: the busier side sets the pace."""
+    sizes = {home: sum(pool.size for pool in pools if pool.home == home) for home in ("prefill", "decode", "mixed")}
+    busiest = max(3 * rate / (sizes["prefill"] + 1e-9), rate / (sizes["decode"] + 1e-9))
+    return figures(busiest if not sizes["mixed"] else 4 * rate)
+
+
+def test_the_worker_that_is_missed_most_is_found() -> None:
+    advice = advise(parse_pools("prefill=2xa,decode=2xb"), balance)
+    role, machine = advice.best("role"), advice.best("machine")
+    assert (
+        role is not None and role.what == "one worker of b from decode to prefill" and role.worst == pytest.approx(1.0)
+    )
+    assert machine is not None and machine.what == "one machine more in a as prefill"
+    assert [each.worst for each in advice.options] == sorted(each.worst for each in advice.options)
+    assert set(advice.bears) == {"as it is", role.what, machine.what}
+    assert 0.6 < advice.bears["as it is"] <= 2 / 3 and advice.bears[role.what] == pytest.approx(1.0, rel=1 / 16)
+
+
+def test_nothing_is_advised_where_nothing_helps() -> None:
+    advice = advise(parse_pools("prefill=1xa,decode=1xa"), lambda pools, rate: figures(0.5))
+    assert advice.best("role") is None and advice.best("machine") is None
+    assert advice.bears == {"as it is": 8.0}
+    hopeless = advise(parse_pools("mixed=1xa"), lambda pools, rate: figures(1.0, refused=1.0))
+    assert math.isinf(hopeless.now.worst) and hopeless.bears == {"as it is": 0.0}
+
+
+def test_every_change_leaves_a_cluster_that_serves() -> None:
+    for pools in ("prefill=1xa,decode=1xa", "mixed=1xa", "prefill=2xa,decode=1xb,mixed=1xa"):
+        for what, change, to in changes(parse_pools(pools)):
+            assert parse_pools(",".join(map(str, to))) == to, what
+            before, after = (sum(pool.size for pool in each) for each in (parse_pools(pools), to))
+            assert after - before == (change == "machine")
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gateway() -> Iterator[tuple[str, dict[str, Any]]]:
+    """A gateway that has ledgers for who has the key."""
+    told = "\n".join(lines(ledgers_of(poisson(2.0, 60, 1, prompt=300, output=60), "mixed=1xa")))
+    state: dict[str, Any] = {"asked": []}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            state["asked"].append(self.path)
+            known = self.headers["authorization"] == "Bearer key"
+            self.send_response(200 if known else 401)
+            self.end_headers()
+            self.wfile.write(told.encode() if known else b"")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", state
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_the_command_says_what_would_help(
+    gateway: tuple[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async def workers(url: str, cluster: str) -> tuple[WorkerState, ...]:
+        assert (url, cluster) == ("redis://r", "c")
+        return worker("p-0", "mixed"), worker("p-1", "mixed")
+
+    monkeypatch.setattr(plan_live, "_workers", workers)
+    url, state = gateway
+    out = tmp_path / "out.json"
+    command = ["plan", "--from-live", "--redis", "redis://r", "--cluster", "c", "--gateway", url]
+    ran = CliRunner().invoke(app, [*command, "--token", "key", "--json", str(out)])
+    assert ran.exit_code == 0, ran.output
+    assert state["asked"] == ["/ledgers"]
+    assert "one machine more in mixed as mixed: what is worst goes from" in ran.output
+    written = json.loads(out.read_text())
+    assert written["figures"]["worst_machine"] < written["figures"]["worst"]
+    assert written["figures"]["bears"] < written["figures"]["bears_machine"]
+    assert len(written["rows"]) == 1 + len(list(changes(parse_pools("mixed=2xmixed"))))
+    assert "does not give its ledgers: 401" in CliRunner().invoke(app, [*command, "--token", "wrong"]).output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--from-live", "--trace", "t"], "say one of them"),
+        ([], "say one of them"),
+        (["--from-live", "--redis", "redis://r", "--gateway", "ftp://x"], "is no gateway"),
+        (["--from-live", "--redis", "redis://r", "--gateway", "http://127.0.0.1:1"], "does not answer"),
+        (["--from-live", "--redis", "redis://r", "--ledgers", "nowhere"], "cannot read the ledgers"),
+    ],
+)
+def test_what_cannot_be_asked(arguments: list[str], says: str) -> None:
+    ran = CliRunner().invoke(app, ["plan", *arguments])
+    assert ran.exit_code and says in " ".join(ran.output.split())
+
+
+def test_a_cluster_says_what_it_is() -> None:
+    told = ledgers_of(poisson(1.5, 20, 1, prompt=300, output=2, spread=0), "mixed=1xa")
+    found = seen([worker("p-0", "mixed", prefill_tokens_per_s=1.0, decode_step_ms=12.0)], told)
+    assert isinstance(found, Cluster)
+    assert found.guessed == ("mixed: every step of decoding 12.0 ms, whatever the batch",)
