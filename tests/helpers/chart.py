@@ -86,7 +86,7 @@ class Rendered:
 
     def container(self, template: str) -> dict[str, Any]:
         """The container of a template."""
-        (container,) = self.templates[template]["spec"]["containers"]
+        container, *_ = self.templates[template]["spec"]["containers"]
         return container
 
     def env(self, template: str = "prefill") -> dict[str, Any]:

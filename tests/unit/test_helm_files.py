@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ VALUES = {
 }
 
 
-def rendered(file: str) -> list[Any]:
+def rendered(file: str, values: dict[str, Any] | None = None) -> list[Any]:
     """Manifests of one template."""
-    files = helm_python.Chart.load(CHART).render(VALUES, name="demo", namespace="ml")
+    files = helm_python.Chart.load(CHART).render(values or VALUES, name="demo", namespace="ml")
     return list(yaml.safe_load_all(files[f"joinwise/templates/{file}"]))
 
 
@@ -53,6 +54,56 @@ def test_redis_starts_from_its_file(tmp_path: Path) -> None:
     finally:
         process.terminate()
         process.wait(10)
+
+
+_CLI = """#!/bin/sh
+printf '%s\\n' "$*" >> {calls}
+if [ -e {refusing} ]; then echo "ERR no such file"; else echo OK; fi
+"""
+
+
+def test_redis_is_told_of_renewed_certificates(tmp_path: Path) -> None:
+    """The script of the chart, with a `valkey-cli` that notes what it is asked, and refuses at first."""
+    values = {"redis": {"bundled": {"tls": {"secret": "redis-tls"}}}}
+    (stateful_set,) = (each for each in rendered("redis.yaml", values) if each["kind"] == "StatefulSet")
+    pod = stateful_set["spec"]["template"]["spec"]
+    (container,) = (each for each in pod["containers"] if each["name"] == "certificates")
+    calls, refusing, tls = tmp_path / "calls", tmp_path / "refusing", tmp_path / "tls"
+    tls.mkdir()
+    for name in ("tls.crt", "tls.key", "ca.crt"):
+        (tls / name).write_text("old")
+    cli = tmp_path / "valkey-cli"
+    cli.write_text(_CLI.format(calls=calls, refusing=refusing))
+    cli.chmod(0o755)
+    refusing.touch()
+    script = container["command"][-1].replace("/etc/redis-tls", str(tls))
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "EVERY_S": "0.02"}
+    process = subprocess.Popen(["sh", "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+
+        def asked_twice() -> bool:
+            (tls / "tls.crt").write_text(f"new {time.monotonic_ns()}")
+            return calls.exists() and len(calls.read_text().splitlines()) >= 2
+
+        _wait(asked_twice, "it is asked again while it refuses")
+        refusing.unlink()
+        assert process.stdout is not None and process.stdout.readline() == "certificates read again\n"
+        asked = calls.read_text().splitlines()
+        files = f"tls-cert-file {tls}/tls.crt tls-key-file {tls}/tls.key tls-ca-cert-file {tls}/ca.crt"
+        assert set(asked) == {f"--tls --insecure CONFIG SET {files}"}
+        (tls / "ca.crt").write_text("newer")
+        assert process.stdout.readline() == "certificates read again\n"
+        assert len(calls.read_text().splitlines()) == len(asked) + 1, "once for each renewal"
+    finally:
+        process.terminate()
+        assert process.wait(10) == 0, "it ends when the pod does"
+
+
+def _wait(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0.01)
 
 
 def _wait_for(port: int) -> None:

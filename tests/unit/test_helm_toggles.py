@@ -134,6 +134,8 @@ def test_tls_of_bundled_redis_on(tmp_path: Path) -> None:
     conf = rendered("Secret", "demo-joinwise-redis")["stringData"]["redis.conf"]
     assert {"port 0", "tls-port 6379"} <= set(conf.splitlines())
     assert "--tls" in rendered.container("redis")["readinessProbe"]["exec"]["command"][-1]
+    containers = rendered.templates["redis"]["spec"]["containers"]
+    assert [each["name"] for each in containers] == ["redis", "certificates"]
 
 
 def test_tls_of_bundled_redis_off(tmp_path: Path) -> None:
@@ -141,6 +143,7 @@ def test_tls_of_bundled_redis_off(tmp_path: Path) -> None:
     assert rendered.config(tmp_path).redis.tls is None
     assert "tls" not in rendered("Secret", "demo-joinwise-redis")["stringData"]["redis.conf"]
     assert "/etc/redis-tls" not in rendered.mounts("redis")
+    assert [each["name"] for each in rendered.templates["redis"]["spec"]["containers"]] == ["redis"]
 
 
 def test_tls_of_external_redis_on(tmp_path: Path) -> None:
