@@ -287,6 +287,8 @@ class EngineWorker:
         facts += [scheduler.max_num_batched_tokens, config.model_config.max_model_len]
         if speculates:
             facts += ["speculates"]
+        if quantization := config.model_config.quantization:
+            facts += [quantization]
         return WorkerInfo(
             worker_id=self._spec.worker_id,
             epoch=0,

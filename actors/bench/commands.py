@@ -206,3 +206,20 @@ def simulate(
     if json is not None:
         sides = "one process and one embedded Redis a run; both share the cores"
         report.write(json, "simulate", figures, rows, report.machine(sides=sides))
+
+
+@bench.command()
+def verify(
+    repeats: Annotated[int, typer.Option(help="Turns of all sides for each median", min=1)] = 7,
+    json: Json = None,
+) -> None:
+    """Linear layers of 1 to 32 rows on all cores: share of memory bandwidth of torch, vLLM's own and ours."""
+    from joinwise.actors.bench import report
+    from joinwise.actors.bench.verify import run
+
+    with _progress() as say:
+        figures, rows = run(repeats, say)
+    _show_figures("verify", figures)
+    if json is not None:
+        how = "layers of Qwen2.5-Coder-1.5B, activations in bfloat16, in turns with a plain read of as much memory"
+        report.write(json, "verify", figures, rows, report.machine(sides=how, repeats=repeats))

@@ -6,7 +6,10 @@ from vllm.config import KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.usage.usage_lib import UsageContext
 
-from joinwise.actors.vllm import connector
+from joinwise.actors.vllm import (
+    connector,
+    linears,  # noqa: F401 # engine arguments may name what it registers
+)
 from joinwise.actors.vllm.kv_events import events_config
 from joinwise.actors.vllm.proposer import speculation
 from joinwise.cluster.errors import ConfigError
