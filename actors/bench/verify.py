@@ -20,7 +20,7 @@ from joinwise.kernels import verify_gemm
 from joinwise.kernels.verify_gemm import Packed, native_calls
 
 ROWS = (1, 4, 8, 16, 32)
-_COPIES_BYTES = 160 << 20
+_COPIES_BYTES = 96 << 20
 Row = dict[str, Any]
 Pass = Callable[[torch.Tensor], torch.Tensor]
 
@@ -68,23 +68,22 @@ def run(
             for count in ROWS:
                 say(f"{layer.name}, {weights}, {count} rows")
                 rows += [
-                    {"layer": layer.name, "weights": weights, "rows": count, "side": side, **row}
+                    {"layer": layer.name, "times": layer.times, "weights": weights, "rows": count, "side": side, **row}
                     for side, row in _measure(layer, weights, sides, count, copies, repeats).items()
                 ]
-    return figures(rows, layers), rows
+    return figures(rows), rows
 
 
-def figures(rows: Sequence[Row], layers: Sequence[Layer]) -> dict[str, float]:
+def figures(rows: Sequence[Row]) -> dict[str, float]:
     """Of a whole step: shares of bandwidth, and what a step with more rows costs against one with a single row."""
-    times = {layer.name: layer.times for layer in layers}
     found = {"read_gb_per_s": statistics.median(row["read_gb_per_s"] for row in rows)}
     kinds = dict.fromkeys((row["side"], row["weights"]) for row in rows)
     for side, weights in kinds:
         spent: dict[int, float] = {}
         for count in dict.fromkeys(row["rows"] for row in rows):
             here = [row for row in rows if (row["side"], row["weights"], row["rows"]) == (side, weights, count)]
-            least = sum(times[row["layer"]] * row["seconds"] * row["share"] for row in here)
-            spent[count] = sum(times[row["layer"]] * row["seconds"] for row in here)
+            least = sum(row["times"] * row["seconds"] * row["share"] for row in here)
+            spent[count] = sum(row["times"] * row["seconds"] for row in here)
             found[f"{side}_{weights}_share_{count}"] = round(least / spent[count], 3)
         first = min(spent)
         found |= {f"{side}_{weights}_cost_{count}": round(spent[count] / spent[first], 2) for count in spent}

@@ -40,12 +40,16 @@ void joinwise_read(const Byte*, Size, Size, Team) {}
 namespace joinwise::verify_gemm {
 namespace {
 
-constexpr int kRows = 2, kChannels = 5;    // of a tile: all of its registers fit into the 16 that there are
-constexpr Size kGroup = 4 * kChannels;     // channels whose weights meet all rows before the next are read
-constexpr Size kChunk = 1024;              // bytes of each row of weights that do so at once: a tile's stay in the L1 cache
+constexpr Size kRows = 4;                  // of x in a tile, at most
 constexpr Size kRowsAtMost = 32;           // of x at once
-constexpr Size kPiece = 40;                // channels that a thread takes at once, at least
+constexpr Size kGroup = 24;                // channels that meet all rows, a chunk at a time, before the next are read
+constexpr Size kTogether = 12;             // of them, as many as a chunk's weights stay in the L1 cache for
+constexpr Size kChunk = 512;               // elements of k in a chunk
+constexpr Size kPiece = 2 * kGroup;        // channels that a thread takes at once, at least
 constexpr Size kWorthAThread = 128 << 10;  // bytes of weights below which another thread costs more than it saves
+
+// Channels of a tile with so many rows. More tiles' worth of sums would fit into the 16 registers, and be slower.
+constexpr int channels_with(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : rows == 3 ? 3 : 2; }
 
 enum Number : int { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2 };
 
@@ -80,14 +84,11 @@ struct Weights<kBfloat16> {
 template <>
 struct Weights<kInt8> {
     static constexpr int parts = 4, width = 1;
-    static constexpr int order(int i) { return 4 * (i / 8) + i % 4 + (i % 8 < 4 ? 0 : 16); }
-    // Each byte at the top of a lane is 2^24 times as much, which is exact; `finish` takes it back.
+    static constexpr int order(int i) { return i; }
     template <int kPart>
     static INLINE __m256 part(const Byte* at) {
-        constexpr int b = 4 * kPart;
-        const __m256i places = _mm256_setr_epi8(-1, -1, -1, b, -1, -1, -1, b + 1, -1, -1, -1, b + 2, -1, -1, -1, b + 3,
-                                                -1, -1, -1, b, -1, -1, -1, b + 1, -1, -1, -1, b + 2, -1, -1, -1, b + 3);
-        return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(load(at), places));
+        const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(at + 8 * kPart));
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight));
     }
 };
 
@@ -132,31 +133,43 @@ INLINE float sum(__m256 lanes) {
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
+INLINE __m256 in_register(__m256 value) {
+    __asm__("" : "+x"(value));  // and not read, or made, again for each use
+    return value;
+}
+
 // 32 bytes of each of N rows of weights with M rows of x. Unrolled early, so that `total` is nothing but registers.
 template <Number kNumbers, int M, int N, int kPart = 0>
 INLINE void step(__m256 (&total)[M][N], const Byte* weights, Size apart, const float* x, Size stride) {
     using W = Weights<kNumbers>;
-    __m256 here[M];
+    __m256 held[M < N ? M : N];
+    if constexpr (M < N) {
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-        __m256 eight = _mm256_loadu_ps(x + m * stride + 8 * kPart);
-        __asm__("" : "+x"(eight));  // in a register, not read again for each channel
-        here[m] = eight;
-    }
+        for (int m = 0; m < M; ++m) held[m] = in_register(_mm256_loadu_ps(x + m * stride + 8 * kPart));
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) {
-        const __m256 w = W::template part<kPart>(weights + n * apart);
+        for (int n = 0; n < N; ++n) {
+            const __m256 w = W::template part<kPart>(weights + n * apart);
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) total[m][n] = _mm256_fmadd_ps(w, here[m], total[m][n]);
+            for (int m = 0; m < M; ++m) total[m][n] = _mm256_fmadd_ps(w, held[m], total[m][n]);
+        }
+    } else {
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) held[n] = in_register(W::template part<kPart>(weights + n * apart));
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+            const __m256 here = in_register(_mm256_loadu_ps(x + m * stride + 8 * kPart));
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n) total[m][n] = _mm256_fmadd_ps(held[n], here, total[m][n]);
+        }
     }
     if constexpr (kPart + 1 < W::parts) step<kNumbers, M, N, kPart + 1>(total, weights, apart, x, stride);
 }
 
-// Some bytes of the rows of weights, from `from` on, with some rows of x.
+// Some elements of the rows of weights, from byte `from` on, with some rows of x.
 struct Chunk {
     Size from, bytes;
     bool first, last;
-    Size ahead;  // bytes from here to the weights that are wanted after the group's, 0 for none
+    Size ahead;  // rows from here to the weights that are wanted soon, 0 for none
 };
 
 // The chunk's share of y[row ...][channel ...]; `sums` keeps it between chunks.
@@ -175,10 +188,10 @@ AVX2 void tile(const Job& job, const Chunk& chunk, Size row, Size channel, float
             total[m][n] = chunk.first ? _mm256_setzero_ps() : _mm256_loadu_ps(sums + (m * N + n) * 8);
     const Byte* end = weights + chunk.bytes - rest;
     if (chunk.ahead) {
-        for (; weights < end; weights += 32, x += per_step) {
+        const Byte* soon = weights + chunk.ahead * apart;  // perhaps behind the last: fetching ahead never fails
+        for (; weights < end; weights += 32, soon += 32, x += per_step) {
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n)
-                _mm_prefetch(reinterpret_cast<const char*>(weights + n * apart + chunk.ahead), _MM_HINT_T0);
+            for (int n = 0; n < N; ++n) _mm_prefetch(reinterpret_cast<const char*>(soon + n * apart), _MM_HINT_T1);
             step<kNumbers, M, N>(total, weights, apart, x, job.stride);
         }
     } else {
@@ -199,7 +212,7 @@ AVX2 void tile(const Job& job, const Chunk& chunk, Size row, Size channel, float
                 continue;
             }
             float value = sum(total[m][n]);
-            if constexpr (kNumbers == kInt8) value *= job.scale[channel + n] * 0x1p-24f;
+            if constexpr (kNumbers == kInt8) value *= job.scale[channel + n];
             if (job.bias) value += number(job.bias, channel + n, job.type);
             put(job.y, (row + m) * job.channels + channel + n, job.type, value);
         }
@@ -207,31 +220,38 @@ AVX2 void tile(const Job& job, const Chunk& chunk, Size row, Size channel, float
 
 template <Number kNumbers, int M>
 AVX2 void tiles(const Job& job, const Chunk& chunk, Size row, Size channel, Size end, float* sums) {
-    for (; channel + kChannels <= end; channel += kChannels, sums += M * kChannels * 8)
-        tile<kNumbers, M, kChannels>(job, chunk, row, channel, sums);
+    constexpr int N = channels_with(M);
+    for (; channel + N <= end; channel += N, sums += M * N * 8) tile<kNumbers, M, N>(job, chunk, row, channel, sums);
     for (; channel < end; ++channel, sums += M * 8) tile<kNumbers, M, 1>(job, chunk, row, channel, sums);
 }
 
 template <Number kNumbers>
+AVX2 void block(const Job& job, const Chunk& chunk, Size row, Size rows, Size channel, Size end, float* sums) {
+    if (rows == 1) return tiles<kNumbers, 1>(job, chunk, row, channel, end, sums);
+    if (rows == 2) return tiles<kNumbers, 2>(job, chunk, row, channel, end, sums);
+    if (rows == 3) return tiles<kNumbers, 3>(job, chunk, row, channel, end, sums);
+    tiles<kNumbers, 4>(job, chunk, row, channel, end, sums);
+}
+
+// What all rows have in some channels.
+template <Number kNumbers>
 AVX2 void channels(const Job& job, Size begin, Size end) {
+    const Size width = Weights<kNumbers>::width, bytes = job.k * width, blocks = (job.rows + kRows - 1) / kRows;
+    if (blocks == 1)  // each weight is used once: the next tile's are fetched
+        return block<kNumbers>(job, {0, bytes, true, true, channels_with(job.rows)}, 0, job.rows, begin, end, nullptr);
     float sums[kRowsAtMost * kGroup * 8];
-    const Size bytes = job.k * Weights<kNumbers>::width, chunk_bytes = job.rows > kRows ? kChunk : bytes;
     for (Size first = begin; first < end; first += kGroup) {
         const Size last = std::min(first + kGroup, end);
-        for (Size from = 0; from < bytes; from += chunk_bytes) {
-            Chunk chunk{from, std::min(chunk_bytes, bytes - from), from == 0, from + chunk_bytes >= bytes, 0};
-            for (Size channel = first; channel < last; channel += kChannels) {
-                const Size stop = std::min(channel + kChannels, last);
-                // The next group's weights, while this tile's are with the first rows.
-                chunk.ahead = stop + kGroup <= end ? kGroup * bytes : 0;
-                for (Size row = 0; row < job.rows; row += kRows, chunk.ahead = 0) {
-                    float* mine = sums + (row * kGroup + (channel - first) * kRows) * 8;
-                    if (row + 1 < job.rows)
-                        tiles<kNumbers, 2>(job, chunk, row, channel, stop, mine);
-                    else
-                        tiles<kNumbers, 1>(job, chunk, row, channel, stop, mine);
+        for (Size from = 0; from < bytes; from += kChunk * width) {
+            const Size left = bytes - from;
+            Chunk chunk{from, std::min(kChunk * width, left), from == 0, left <= kChunk * width, 0};
+            for (Size channel = first; channel < last; channel += kTogether)
+                for (Size b = 0; b < blocks; ++b) {
+                    const Size row = job.rows * b / blocks, rows = job.rows * (b + 1) / blocks - row;
+                    chunk.ahead = b == 0 ? kGroup : 0;
+                    block<kNumbers>(job, chunk, row, rows, channel, std::min(channel + kTogether, last),
+                                    sums + (row * kGroup + (channel - first) * rows) * 8);
                 }
-            }
         }
     }
 }

@@ -90,9 +90,19 @@ def test_the_benchmark_measures_every_side_and_weighs_layers() -> None:
     assert {f"{side}_{kind}_share_8" for side in ("torch", "vllm", "joinwise") for kind in ("bfloat16", "int8")} <= set(
         figures
     )
-    made = [{"layer": "small", "seconds": 2.0, "share": 0.5}, {"layer": "other", "seconds": 6.0, "share": 1.0}]
-    common = {"side": "x", "weights": "int8", "rows": 1, "read_gb_per_s": 1.0}
-    assert verify.figures([common | row for row in made], layers)["x_int8_share_1"] == 0.75
+
+
+def test_figures_weigh_layers_by_the_time_that_a_step_spends_in_them() -> None:
+    common = {"side": "x", "weights": "int8", "read_gb_per_s": 1.0}
+    rows = [
+        common | {"times": 2, "rows": 1, "seconds": 1.0, "share": 0.5},
+        common | {"times": 1, "rows": 1, "seconds": 6.0, "share": 1.0},
+        common | {"times": 2, "rows": 8, "seconds": 5.0, "share": 0.1},
+        common | {"times": 1, "rows": 8, "seconds": 10.0, "share": 0.6},
+    ]
+    figures = verify.figures(rows)
+    assert (figures["x_int8_share_1"], figures["x_int8_share_8"]) == (0.875, 0.35)
+    assert (figures["x_int8_cost_1"], figures["x_int8_cost_8"]) == (1.0, 2.5)
 
 
 def test_a_side_that_computes_something_else_is_no_result() -> None:
