@@ -2,9 +2,9 @@
 
 A method of vLLM's quantization plug-in point. `joinwise` keeps weights as they are, in the memory that they are in;
 `joinwise_int8` makes signed bytes of them, with a scale for each output channel, when they have been loaded (output
-embeddings stay as they are). Either way a row's result does not depend on the batch that it is in. See
-`kernels/verify_gemm`; where that has no native code, and for element types that it does not know, `joinwise` leaves
-layers to vLLM and `joinwise_int8` refuses.
+embeddings stay as they are). Either way a row's result does not depend on the batch that it is in, except in prefills
+with float32 weights (`MANY_ROWS`). See `kernels/verify_gemm`; where that has no native code, and for element types that
+it does not know, `joinwise` leaves layers to vLLM and `joinwise_int8` refuses.
 
 Results differ from those of vLLM's own layers by rounding, in float32 too: where output has to equal that of a plain
 vLLM token for token, both have to use this, or neither.
@@ -27,6 +27,8 @@ from joinwise.kernels import verify_gemm
 logger = init_logger(__name__)
 
 AS_IS, INT8 = "joinwise", "joinwise_int8"
+MANY_ROWS = 64
+"""Rows of a step from which torch is faster, with float32 weights; it takes the same memory, so that costs nothing."""
 _PACKED = "joinwise_packed"
 _TYPES = (torch.float32, torch.bfloat16)
 
@@ -36,7 +38,7 @@ def _operation(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """What a compiled model calls, which cannot look into the kernel."""
-    return verify_gemm.linear(x, verify_gemm.Packed(weight, scale), bias)
+    return _linear(x, verify_gemm.Packed(weight, scale), bias)
 
 
 @_operation.register_fake
@@ -50,6 +52,12 @@ def _apply(layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -
     packed: verify_gemm.Packed = getattr(layer, _PACKED)
     if torch.compiler.is_compiling():
         return _operation(x, packed.weight, packed.scale, bias)
+    return _linear(x, packed, bias)
+
+
+def _linear(x: torch.Tensor, packed: verify_gemm.Packed, bias: torch.Tensor | None) -> torch.Tensor:
+    if packed.weight.dtype == torch.float32 and x.numel() >= MANY_ROWS * x.shape[-1]:
+        return torch.nn.functional.linear(x, packed.weight, bias)
     return verify_gemm.linear(x, packed, bias)
 
 

@@ -59,6 +59,29 @@ def test_output_embeddings_share_the_input_embeddings_weights() -> None:
 
 
 @needs_native
+def test_many_rows_are_left_to_torch_with_float32_weights_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours: list[int] = []
+
+    def linear(x: torch.Tensor, packed: verify_gemm.Packed, bias: torch.Tensor | None) -> torch.Tensor:
+        ours.append(len(x))
+        return torch.zeros(len(x), 30)
+
+    monkeypatch.setattr(verify_gemm, "linear", linear)
+    many = linears.MANY_ROWS
+    for dtype, int8, wanted in (
+        (torch.float32, False, [many - 1]),
+        (torch.bfloat16, False, [many - 1, many]),
+        (torch.float32, True, [many - 1, many]),
+    ):
+        ours.clear()
+        method, layer = loaded(torch.randn(30, 40).to(dtype), int8=int8)
+        for count in (many - 1, many):
+            y = method.apply(layer, torch.randn(count, 40).to(dtype))
+            assert y.shape == (count, 30)
+        assert ours == wanted
+
+
+@needs_native
 def test_a_compiled_model_computes_the_same() -> None:
     method, layer = loaded(torch.randn(30, 40), int8=True)
     x = torch.randn(3, 40)
