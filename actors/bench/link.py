@@ -43,17 +43,30 @@ def link(rate: str, *, loss: float = 0.0) -> Iterator[None]:
     if not (found := _RATE.fullmatch(rate)):
         raise ConfigError(f"link {rate!r}: give a rate as `tc` writes it, such as 1gbit or 100mbit")
     burst = max(_LEAST_BURST, int(found[1]) * _BITS[found[2]] // 8 // _BURSTS_A_SECOND)
+    with own_network():
+        run(f"tc qdisc add dev lo root tbf rate {rate} burst {burst}b latency {_QUEUE_MS}ms")
+        if loss:
+            run("nft add table inet lossy")
+            run("nft add chain inet lossy input { type filter hook input priority 0 ; }")
+            share = round(1000 * loss)
+            run(f"nft add rule inet lossy input meta l4proto tcp numgen random mod 1000 < {share} counter drop")
+        yield
+
+
+@contextmanager
+def own_network() -> Iterator[None]:
+    """Put the calling thread, and what it starts, into a network with a loopback and nothing else.
+
+    Threads that run already stay where they are.
+
+    Raises:
+        ConfigError: this machine allows no namespaces, or lacks `ip`.
+    """
     home = os.open(_NAMESPACE, os.O_RDONLY)
     try:
         _call("unshare", _CLONE_NEWNET)
         try:
-            _run(f"tc qdisc add dev lo root tbf rate {rate} burst {burst}b latency {_QUEUE_MS}ms")
-            _run("ip link set lo up")
-            if loss:
-                _run("nft add table inet lossy")
-                _run("nft add chain inet lossy input { type filter hook input priority 0 ; }")
-                share = round(1000 * loss)
-                _run(f"nft add rule inet lossy input meta l4proto tcp numgen random mod 1000 < {share} counter drop")
+            run("ip link set lo up")
             yield
         finally:
             _call("setns", home, _CLONE_NEWNET)
@@ -67,10 +80,16 @@ def _call(name: str, *arguments: int) -> None:
         raise ConfigError(f"cannot make a network namespace ({why}): this takes root's rights")
 
 
-def _run(command: str) -> None:
+def run(command: str) -> str:
+    """Run one of the programs that set up networks; returns what it says.
+
+    Raises:
+        ConfigError: it fails, or is not installed.
+    """
     try:
         done = subprocess.run(command.split(), capture_output=True, text=True)
     except FileNotFoundError:
         raise ConfigError(f"`{command.split()[0]}` is not installed: install iproute2 and nftables") from None
     if done.returncode:
         raise ConfigError(f"`{command}`: {done.stderr.strip()}")
+    return done.stdout

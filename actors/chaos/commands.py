@@ -25,18 +25,25 @@ def chaos(
 ) -> None:
     """Break a cluster of its own under load, and count what its clients notice. Fails unless that is nothing."""
     from joinwise.actors.bench import report
+    from joinwise.actors.chaos import partition
     from joinwise.actors.chaos.run import MUST_BE_ZERO, Settings, run
     from joinwise.actors.chaos.schedule import KINDS
     from joinwise.cluster.errors import ConfigError
 
-    if fault == ["kill-draft"] and not draft:
-        raise ConfigError("kill-draft needs --draft")
     if unknown := [name for name in fault or () if name not in KINDS]:
         raise ConfigError(f"no fault {unknown[0]!r}; there are {', '.join(KINDS)}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what it has started must end with it
-    kinds = [kind for kind in KINDS if (not fault or kind in fault) and (draft or kind != "kill-draft")]
-    settings = Settings(requests, range(seed, seed + seeds), kinds, prefill, decode, draft, rate=rate)
+    impossible = {} if draft else {"kill-draft": "without --draft there is no draft actor"}
+    if said := partition.refused():
+        impossible["cut-kv"] = said
+    kinds = [kind for kind in KINDS if (not fault or kind in fault) and kind not in impossible]
     stderr = Console(stderr=True, highlight=False)
+    for name, why in impossible.items():
+        if not fault or name in fault:
+            stderr.print(f"not tried: {name}: {why}", markup=False)
+    if not kinds:
+        raise ConfigError("nothing is left to be broken")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what it has started must end with it
+    settings = Settings(requests, range(seed, seed + seeds), kinds, prefill, decode, draft, rate=rate)
     figures, rows = run(settings, lambda line: stderr.print(line, markup=False))
     table = Table("figure", "value", title="joinwise chaos")
     for name, value in figures.items():

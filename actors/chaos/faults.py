@@ -5,6 +5,7 @@ that did not fire would let a cluster pass that was never tried.
 """
 
 import asyncio
+import re
 import signal
 import time
 from collections.abc import Awaitable, Callable
@@ -15,6 +16,7 @@ import httpx
 import psutil
 
 from joinwise.actors.chaos.load import Load
+from joinwise.actors.chaos.partition import cut, dropped
 from joinwise.actors.chaos.schedule import Fault, Kind
 from joinwise.actors.chaos.site import Site, idle
 from joinwise.cluster.errors import JoinwiseError
@@ -23,6 +25,7 @@ from joinwise.cluster.router.registry import WorkerInfo
 _MOMENT_S = 60.0  # until the phase has come
 _DIES_S = 5.0
 _LOOK_S = 0.005
+_PORT = re.compile(r":(\d+)")
 
 
 class NotFiredError(JoinwiseError):
@@ -119,6 +122,18 @@ async def _kill_gateway(fault: Fault, site: Site, load: Load) -> Fired:
     return Fired({"streams_midway": midway}, pid=process.pid)
 
 
+async def _cut_kv(fault: Fault, site: Site, load: Load) -> Fired:
+    """For a while nothing gets to or from the port where a prefill worker gives KV away; gateways still reach it."""
+    worker, held = await _victim(fault, site, "prefill")
+    ports = [int(port) for port in _PORT.findall(worker.kv_address)]
+    with cut(ports):
+        await asyncio.sleep(fault.outage_s)
+        lost = dropped()
+    if not lost:
+        raise NotFiredError(f"{fault.kind}: nobody has sent anything in {fault.outage_s:.1f} s")
+    return Fired({"requests_in_engine": held, "packets_dropped": lost, "outage_s": round(fault.outage_s, 2)})
+
+
 async def _break_redis(fault: Fault, site: Site, load: Load) -> Fired:
     """It is down for a while, and comes back with what it has written to disk, or with nothing."""
     before, midway = site.redis.keys(), load.midway
@@ -164,4 +179,5 @@ _FAULTS: dict[Kind, Callable[[Fault, Site, Load], Awaitable[Fired]]] = {
     "kill-redis": _break_redis,
     "lose-redis": _break_redis,
     "kill-draft": _kill_draft,
+    "cut-kv": _cut_kv,
 }

@@ -15,6 +15,7 @@ import httpx
 import psutil
 import yaml
 
+from joinwise.actors.bench.link import own_network
 from joinwise.actors.bench.plain import plain_vllm
 from joinwise.actors.chaos import schedule
 from joinwise.actors.chaos.faults import NotFiredError, strike
@@ -101,6 +102,8 @@ def break_one(
     """Start a cluster, break it by the schedule of every seed, stop it. Errors as for `launched`."""
     name = f"chaos-{os.getpid()}"
     with ExitStack() as stack:
+        if "cut-kv" in settings.kinds:
+            stack.enter_context(own_network())
         redis = RedisServer(folder / "redis")
         redis.start()
         stack.callback(redis.kill)

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 Kind = Literal[
     "kill-prefill", "kill-decode", "kill-gateway", "freeze-prefill", "freeze-decode", "drain-decode", "kill-redis",
-    "lose-redis", "kill-draft",
+    "lose-redis", "kill-draft", "cut-kv",
 ]  # fmt: skip
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -15,7 +15,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 NOTICED: frozenset[Kind] = frozenset({"kill-gateway"})
 
 _LONGEST_PAUSE_S = 2.0
-_OUTAGE_S = (1.0, 6.0)
+_OUTAGE_S = (2.0, 8.0)
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Fault:
 
     Attributes:
         pause_s: seconds between the recovery from the one before and the look for this one's moment.
-        outage_s: seconds after which a Redis is started again.
+        outage_s: seconds for which Redis is down, or ports are cut off.
         victim: which of several workers in the right phase, as a share of their number: 0 up to 1.
     """
 

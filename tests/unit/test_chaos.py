@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,8 @@ import httpx
 import psutil
 import pytest
 
-from joinwise.actors.chaos import faults, run, schedule
+from joinwise.actors.bench.link import own_network
+from joinwise.actors.chaos import faults, partition, run, schedule
 from joinwise.actors.chaos.load import Load, Outcome, Question, questions, verdict
 from joinwise.actors.chaos.redis_server import RedisServer
 from joinwise.actors.chaos.schedule import KINDS, Fault
@@ -271,6 +273,43 @@ def test_its_cluster_can_work(draft: bool) -> None:
     config = cluster_config("chaos", "redis://127.0.0.1:1/0", prefill=1, decode=2, draft=draft)
     assert problems(config) == []
     assert {pool.role for pool in config.pools} == {"prefill", "decode"} | ({"draft"} if draft else set())
+
+
+@pytest.fixture
+def own_net() -> Iterator[None]:
+    """A network of this test's own."""
+    if why := partition.refused():
+        pytest.skip(why)
+    with own_network():
+        yield
+
+
+def kv_site(monkeypatch: pytest.MonkeyPatch, address: str) -> Site:
+    """A site whose one prefill worker gives KV away at that address."""
+    site = worker_site(monkeypatch, address, held=1)
+
+    async def busy(self: Site, role: str) -> list[Any]:
+        return [SimpleNamespace(worker_id="prefill-0-1", engine_address="127.0.0.1:1", kv_address=f"grpc={address}")]
+
+    monkeypatch.setattr(Site, "busy", busy)
+    return site
+
+
+async def test_a_port_is_cut_off_and_comes_back(own_net: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        striking = asyncio.create_task(faults.strike(Fault("cut-kv", 0, 0.3, 0), kv_site(monkeypatch, address), LOAD))
+        await asyncio.sleep(0.1)
+        with pytest.raises(TimeoutError):
+            socket.create_connection(server.getsockname(), timeout=0.1)
+        fired = await striking
+        assert fired.evidence["packets_dropped"] > 0
+        socket.create_connection(server.getsockname(), timeout=5).close()
+
+
+async def test_a_cut_that_nobody_meets_is_no_fault(own_net: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(faults.NotFiredError, match="nobody has sent"):
+        await faults.strike(Fault("cut-kv", 0, 0.01, 0), kv_site(monkeypatch, "127.0.0.1:9"), LOAD)
 
 
 async def test_a_worker_that_is_never_busy_is_not_hit(listener: Any, monkeypatch: pytest.MonkeyPatch) -> None:
