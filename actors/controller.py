@@ -15,6 +15,7 @@ from joinwise.cluster import reconcile as rec
 logger = logging.getLogger(__name__)
 
 _HEALTH_TIMEOUT_S = 20.0
+_ANSWER_S = 1.0
 _BESIDE_DRAIN_S = 20.0
 Say = Callable[[str], None]
 
@@ -63,6 +64,7 @@ class _Held:
     sick: str = ""
     facts: dict[str, str] = field(default_factory=dict)
     doing: asyncio.Task[None] | None = None
+    asked: asyncio.Task[str] | None = None
 
     def seen(self) -> rec.Actor:
         wanted = self.post.wanted
@@ -148,18 +150,26 @@ class Controller:
     # Inside.
 
     async def _look(self) -> bool:
-        ready = [held for held in self._held.values() if held.state == "ready"]
-        for held, sick in zip(
-            ready, await asyncio.gather(*(held.actor.failure(_HEALTH_TIMEOUT_S) for held in ready)), strict=True
-        ):
-            if held.state == "ready":
-                held.sick = held.sick or sick
+        await self._ask()
         now = self._clock()
         wanted = [post.wanted for post in self._posts]
         actions = rec.reconcile(wanted, [held.seen() for held in self._held.values()], self._deaths, now)
         for action in actions:
             self._do(action)
         return not actions and self._as_wanted()
+
+    async def _ask(self) -> None:
+        """Ask all that are ready how they are. One that does not answer at once holds nobody up: it is heard later."""
+        ready = [held for held in self._held.values() if held.state == "ready"]
+        for held in ready:
+            held.asked = held.asked or asyncio.create_task(held.actor.failure(_HEALTH_TIMEOUT_S))
+        if ready:
+            await asyncio.wait([held.asked for held in ready if held.asked is not None], timeout=_ANSWER_S)
+        for held in ready:
+            if held.asked is not None and held.asked.done():
+                if held.state == "ready":
+                    held.sick = held.asked.result()
+                held.asked = None
 
     def _as_wanted(self) -> bool:
         wanted = {(post.wanted.slot, post.wanted.build) for post in self._posts}
@@ -208,12 +218,17 @@ class Controller:
 
     async def _leave(self, held: _Held) -> None:
         await held.actor.stop(held.post.patience_s + _BESIDE_DRAIN_S, *held.post.stop)
-        self._held.pop(held.actor.name, None)
+        self._forget(held)
 
     def _end(self, held: _Held) -> None:
         if held.doing is not None:
             held.doing.cancel()
         held.actor.kill()
+        self._forget(held)
+
+    def _forget(self, held: _Held) -> None:
+        if held.asked is not None:
+            held.asked.cancel()
         self._held.pop(held.actor.name, None)
 
     def _died(self, held: _Held, why: str) -> None:

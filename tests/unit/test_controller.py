@@ -21,6 +21,8 @@ class FakeActor:
         if not world.slow:
             self.gate.set()
         self.sick = ""
+        self.awake = asyncio.Event()
+        self.awake.set()
         self.error: JoinwiseError | None = world.errors.get(name)
         self.may_stop = asyncio.Event()
         self.may_stop.set()
@@ -34,6 +36,7 @@ class FakeActor:
         return {"name": self.name}
 
     async def failure(self, timeout_s: float) -> str:
+        await self.awake.wait()
         return self.sick
 
     async def stop(self, timeout_s: float, *arguments: float) -> None:
@@ -106,6 +109,21 @@ async def test_a_sick_actor_is_killed_and_replaced(world: World) -> None:
     assert await world.rest(controller)
     assert world.log == ["ready a-1", "killed a-1", "ready a-2"]
     assert "engine a-1 has failed: it has not answered for 20 s; a new one starts in 0 s" in world.said
+    assert controller.facts("a") == {"name": "a-2"}
+
+
+async def test_one_that_does_not_answer_holds_nobody_up(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("joinwise.actors.controller._ANSWER_S", 0.01)
+    controller = world.controller(world.post("a"), world.post("b"))
+    await controller.fill()
+    frozen = world.actors["a-1"]
+    frozen.awake.clear()
+    world.actors["b-1"].sick = "gone"
+    await world.rest(controller)
+    assert controller.facts("b") == {"name": "b-2"} and controller.facts("a") == {"name": "a-1"}
+    frozen.sick = "it has not answered for 20 s"
+    frozen.awake.set()
+    await world.rest(controller)
     assert controller.facts("a") == {"name": "a-2"}
 
 
