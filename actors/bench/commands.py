@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -223,3 +224,48 @@ def verify(
     if json is not None:
         how = "layers of Qwen2.5-Coder-1.5B, activations in bfloat16, in turns with a plain read of as much memory"
         report.write(json, "verify", figures, rows, report.machine(sides=how, repeats=repeats))
+
+
+@bench.command()
+def speculate(
+    dataset: Annotated[list[str] | None, typer.Option(help="Of the prompts; humaneval and gsm8k by default")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Answers at once; 1 and 4 by default", min=1)] = None,
+    side: Annotated[
+        list[str] | None, typer.Option(help="Beside the engine without speculation: silent, lookup, fixed, ...")
+    ] = None,
+    first: Annotated[int, typer.Option(help="The first prompt of each dataset", min=0)] = 0,
+    count: Annotated[int, typer.Option("--prompts", help="Prompts of each dataset", min=1)] = 4,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most", min=2, max=512)] = 64,
+    target: Annotated[str, typer.Option(help="The model that answers")] = "qwen2.5-coder-1.5b-instruct",
+    draft: Annotated[str, typer.Option(help="The model that drafts")] = "qwen2.5-coder-0.5b-instruct",
+    dtype: Annotated[str, typer.Option(help="Of the target's weights")] = "bfloat16",
+    draft_dtype: Annotated[str, typer.Option(help="Of the draft's weights")] = "bfloat16",
+    k: Annotated[int, typer.Option(help="Drafts a step, where their number is fixed", min=1, max=32)] = 4,
+    most: Annotated[int, typer.Option(help="Of the adaptive side and of those that replay", min=1, max=32)] = 8,
+    apart: Annotated[
+        bool, typer.Option("--apart", help="One engine in memory at a time: tokens are compared, times are not")
+    ] = False,
+    engine: Annotated[
+        list[str] | None, typer.Option(help="An argument of vLLM for both engines, such as quantization=joinwise")
+    ] = None,
+    data: Annotated[Path, typer.Option(help="Folder of <dataset>.jsonl")] = Path("../shared/data/prompts"),
+    json: Json = None,
+) -> None:
+    """Answers with drafts against answers without. A result file that is there gets these samples beside its own."""
+    from joinwise.actors.bench import report
+    from joinwise.actors.bench import speculate as it
+
+    if unknown := set(side or ()) - set(it.SIDES):
+        raise typer.BadParameter(f"{', '.join(sorted(unknown))}: there are {', '.join(it.SIDES)}", param_hint="--side")
+    arguments = {name: yaml.safe_load(value) for name, _, value in (each.partition("=") for each in engine or ())}
+    plan = it.Plan(target, draft, dtype, draft_dtype, k, most, max_tokens, not apart, arguments)
+    asked = {name: it.texts(data, name, first, count) for name in dataset or ["humaneval", "gsm8k"]}
+    how = "two engines take turns on all cores, draft actors beside them on the same; own_device...: a projection"
+    rows = report.rows_of(json, "speculate") if json is not None and json.exists() else []
+    with _progress() as say:
+        for fresh in it.run(plan, asked, batch or [1, 4], side or it.SIDES, say):
+            rows = it.merged(rows, fresh)
+            if json is not None:
+                report.write(json, "speculate", it.figures(rows), rows, report.machine(sides=how))
+    Console(width=max(Console().width, 132)).print(it.table(rows))
+    _show_figures("speculate", {name: value for name, value in it.figures(rows).items() if value is not None})

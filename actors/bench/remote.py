@@ -19,6 +19,7 @@ class Remote:
         arguments: for `make`.
         core: the only core that the process uses; None for any.
         environment: variables that the process has beside ours.
+        wait_s: seconds that an answer may take.
     """
 
     def __init__(
@@ -27,7 +28,9 @@ class Remote:
         *arguments: Any,
         core: int | None = None,
         environment: dict[str, str] | None = None,
+        wait_s: float = _WAIT_S,
     ) -> None:
+        self._wait_s = wait_s
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, core, make, arguments), daemon=True)
@@ -68,8 +71,8 @@ class Remote:
 
     def _answer(self) -> Any:
         try:
-            if not self._pipe.poll(_WAIT_S):
-                raise RuntimeError(f"no answer within {_WAIT_S:g} s")
+            if not self._pipe.poll(self._wait_s):
+                raise RuntimeError(f"no answer within {self._wait_s:g} s")
             error, result = self._pipe.recv()
         except (EOFError, ConnectionError):
             raise RuntimeError("an end of the benchmark has died") from None

@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from joinwise.cluster.errors import ConfigError
+
 
 def machine(**more: Any) -> dict[str, Any]:
     """Description of this machine: what a reader needs to judge the figures."""
@@ -43,6 +45,21 @@ def write(
         "rows": rows,
     }
     path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def rows_of(path: Path, bench: str) -> list[dict[str, Any]]:
+    """Rows of a result file, for a benchmark that is run in pieces.
+
+    Raises:
+        ConfigError: it is no result of this benchmark.
+    """
+    try:
+        result = json.loads(path.read_text())
+        if result["bench"] == bench:
+            return list(result["rows"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise ConfigError(f"{path} holds no result of `joinwise bench {bench}` that could be added to")
 
 
 def _commit() -> str:

@@ -87,6 +87,9 @@ class AskFigures:
         skipped: steps in which there was nobody to ask, or nobody was asked after answers that came late.
         refused: drafts that were not used, by reason.
         drafted: ids that were handed to the engine.
+        bytes: of rounds and their answers, as messages.
+        waited_s: seconds that steps waited for answers.
+        drafting_s: of those that came, seconds that the draft actor says it drafted.
     """
 
     asked: int = 0
@@ -94,6 +97,9 @@ class AskFigures:
     skipped: int = 0
     refused: Counter[str] = field(default_factory=Counter)
     drafted: int = 0
+    bytes: int = 0
+    waited_s: float = 0.0
+    drafting_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -181,15 +187,20 @@ class Asker:
         self.figures.asked += 1
         begin = self._clock()
         answer = session.ask(asked, self._patience_s)
+        waited = self._clock() - begin
         drafts = self._usable(session, asked, answer) if answer is not None else {}
+        self.figures.waited_s += waited
+        self.figures.bytes += asked.ByteSize()
         if answer is None:
             self.figures.missed += 1
             self._misses += 1
             self._pause = min(2**self._misses - 1, _LONGEST_PAUSE)
         else:
+            self.figures.bytes += answer.ByteSize()
+            self.figures.drafting_s += answer.draft_us / 1e6
             self._misses = 0
         if self._lengths is not None and (answer is None or drafts):  # to have waited in vain is a cost as well
-            self._lengths.drafted(max(ask.k for ask in asked.asks), self._clock() - begin)
+            self._lengths.drafted(max(ask.k for ask in asked.asks), waited)
         return drafts
 
     def _learn(

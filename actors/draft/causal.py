@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from joinwise.actors.draft.drafter import Ask
+from joinwise.actors.draft.linears import pack_linears
 
 _AT_ONCE = 64
 """Tokens of one sequence that a draft may still have to compute."""
@@ -95,18 +96,12 @@ class CausalDrafter:
 
     @classmethod
     def load(cls, folder: Path, dtype: str, *, slots: int, max_tokens: int, name: str, threads: int) -> CausalDrafter:
-        """A drafter with the model in `folder`; `dtype` is one of torch, or "auto" for the model's own.
+        """A drafter with the model in `folder`; `dtype` is one of torch, "auto" for the model's own, or "int8".
 
         Raises:
             ValueError: a model that this cannot cache (sliding windows, states instead of KV).
         """
-        from transformers import AutoModelForCausalLM
-
-        element = dtype if dtype == "auto" else getattr(torch, dtype)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=element, attn_implementation="sdpa").eval()
-        kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
-        if kinds != {"full_attention"}:
-            raise ValueError(f"its layers are of {', '.join(sorted(kinds))}; a drafter needs full attention in all")
+        model = load_model(folder, dtype)
         return cls(model, slots=slots, max_tokens=max_tokens, name=name, threads=threads)
 
     @property
@@ -202,3 +197,16 @@ class CausalDrafter:
             logits_to_keep=1,
         ).logits
         return [int(token) for token in logits[:, -1].argmax(-1)]
+
+
+def load_model(folder: Path, dtype: str) -> Any:
+    """The model in `folder`, as `CausalDrafter` takes it; arguments and errors as for `CausalDrafter.load`."""
+    from transformers import AutoModelForCausalLM
+
+    element = {"auto": "auto", "int8": torch.bfloat16}.get(dtype) or getattr(torch, dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=element, attn_implementation="sdpa").eval()
+    kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise ValueError(f"its layers are of {', '.join(sorted(kinds))}; a drafter needs full attention in all")
+    pack_linears(model, int8=dtype == "int8")
+    return model

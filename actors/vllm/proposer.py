@@ -90,6 +90,11 @@ class RemoteProposer:
         if self._link is not None:
             self._link.point(address)
 
+    @property
+    def connected(self) -> bool:
+        """Whether there is somebody who may be asked now."""
+        return self._link is not None and self._link.session is not None
+
     def close(self) -> None:
         """Ask nobody any more."""
         link, self._link = self._link, None

@@ -12,8 +12,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
 
-from joinwise.actors.draft.causal import _AT_ONCE, _PIECE, CausalDrafter
+from joinwise.actors.draft.causal import _AT_ONCE, _PIECE, CausalDrafter, load_model
 from joinwise.actors.draft.drafter import Ask
+from joinwise.actors.draft.linears import PackedLinear
 
 IDS = 97
 
@@ -174,3 +175,27 @@ def test_a_model_from_a_folder(model: Any, tmp_path: Path) -> None:
     drafter.begin()
     text = prompt(15, 9)
     assert drafter.draft([ask("a", text)]) == [greedy(model, text, 4)]
+
+
+def test_int8_weights_are_near_their_own_by_output_channel() -> None:
+    torch.manual_seed(9)
+    linear = torch.nn.Linear(64, 32).to(torch.bfloat16)
+    with torch.no_grad():
+        linear.weight[3] *= 1000  # a loud channel must not cost a quiet one its digits
+        linear.weight[4] = 0
+    x = torch.randn(2, 5, 64).to(torch.bfloat16)
+    exact, found = (layer(x).float() for layer in (linear, PackedLinear(linear, int8=True)))
+    assert found.shape == exact.shape == (2, 5, 32)
+    # A weight is off by half a step, of which 127 make the largest of its channel.
+    off = x.float().abs().sum(-1, keepdim=True) * linear.weight.float().abs().amax(1) / 254
+    assert ((found - exact).abs() <= off + 0.02 * exact.abs() + 1e-3).all()
+    assert torch.equal(found[..., 4], linear.bias[4].float().expand(2, 5))
+
+
+def test_a_drafter_of_int8_weights_drafts_what_its_model_says(model: Any, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    drafter = CausalDrafter.load(tmp_path, "int8", slots=2, max_tokens=64, name="m", threads=1)
+    quantized = load_model(tmp_path, "int8")
+    assert not any(isinstance(each, torch.nn.Linear) for each in quantized.modules())
+    text = prompt(16, 9)
+    assert drafter.draft([ask("a", text, 6)]) == [greedy(quantized, text, 6)]

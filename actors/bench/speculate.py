@@ -1,0 +1,375 @@
+"""`joinwise bench speculate`: answers with drafts against answers without, same engine arguments, same cores.
+
+Two engines in processes of their own take turns: one without `speculative_config`, which is the baseline, and one that
+speculates, whose proposers take turns as well. The draft actors share a third process and all cores with them, so that
+what drafting costs is in every figure. Every group of prompts goes through each side once, and through the baseline
+before and after the others; tokens are compared before times. Prompts are computed beforehand: rates are of decoding.
+
+The sides `own_device...` are a projection: the real draft model has drafted along the answers beforehand, and what it
+drafted, wrong ids included, is replayed at no cost, as if it had a device of its own so many milliseconds away.
+"""
+
+import json
+import os
+import statistics
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from joinwise.actors import cpu
+from joinwise.actors.bench.remote import Remote
+from joinwise.actors.draft.asking import AskFigures
+from joinwise.actors.models import resolve_model
+from joinwise.cluster.errors import ConfigError
+
+CLUSTER = "bench"
+BASELINE = "none"
+_OWN = {"own_device": 0.0, "own_device_1ms": 0.001, "own_device_5ms": 0.005, "own_device_20ms": 0.02}
+"""Sides that replay, and seconds of their round trip."""
+SIDES = ("silent", "lookup", "fixed", "adaptive", *_OWN)
+_DRAFTERS = {"lookup": "lookup", "fixed": "causal", "adaptive": "causal"} | {name: name for name in _OWN}
+_MAX_MODEL_LEN = 1024
+_ENGINE = {
+    "enforce_eager": True,
+    "kv_cache_memory_bytes": 400_000_000,
+    "block_size": 32,
+    "max_model_len": _MAX_MODEL_LEN,
+    "max_num_batched_tokens": 2 * _MAX_MODEL_LEN,
+}
+_PATIENCE_S = 5.0
+_WAIT_S = 600.0
+
+Row = dict[str, Any]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured.
+
+    Attributes:
+        target, draft: the models.
+        dtype: of the target's weights; `draft_dtype` is of the draft's.
+        k: drafts a sequence and step of the sides whose number is fixed.
+        most: of the adaptive one, and of those that replay.
+        max_tokens: of an answer.
+        engine: more arguments of vLLM's, for both engines.
+        together: both engines in memory at once, so that they take turns; else the baseline is all done first, and
+            times are not to be compared.
+    """
+
+    target: str
+    draft: str
+    dtype: str
+    draft_dtype: str
+    k: int
+    most: int
+    max_tokens: int
+    together: bool
+    engine: Mapping[str, Any] = field(default_factory=dict)
+
+    def wanted(self, side: str) -> int:
+        """Drafts that a side asks for, at most."""
+        if side in (BASELINE, "silent"):
+            return 0
+        return self.most if side == "adaptive" or side in _OWN else self.k
+
+
+@dataclass
+class Answers:
+    """What became of one batch of prompts.
+
+    Attributes:
+        token_ids: of each answer.
+        prefill_s: of steps in which prompts were computed, without what they waited for drafts.
+        decode_s: of everything after them, and what they waited for drafts.
+        row_steps: steps of `decode_s`, each counted for every sequence in it.
+        steps: of those steps, tokens that the target computed and seconds without waiting, (n, 2).
+        asked: what asking has brought, in this batch alone.
+    """
+
+    token_ids: list[list[int]]
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    row_steps: int = 0
+    steps: list[tuple[int, float]] = field(default_factory=list)
+    asked: AskFigures = field(default_factory=AskFigures)
+
+    @property
+    def gained(self) -> int:
+        """Tokens of decoding: the first of each answer comes with its prompt."""
+        return sum(len(ids) - 1 for ids in self.token_ids)
+
+    @property
+    def rate(self) -> float:
+        """Of them, a second."""
+        return self.gained / self.decode_s if self.decode_s else 0.0
+
+
+def texts(folder: Path, dataset: str, first: int, count: int) -> dict[int, str]:
+    """Prompts of a dataset, by their place in its file.
+
+    Raises:
+        ConfigError: the file is missing, or is shorter than that.
+    """
+    file = folder / f"{dataset}.jsonl"
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConfigError(f"the prompts {file} cannot be read ({error.strerror}): --data names their folder") from error
+    if len(lines) < first + count:
+        raise ConfigError(f"{file} holds {len(lines)} prompts, so there are none from {first} to {first + count - 1}")
+    return {place: json.loads(lines[place])["turns"][0] for place in range(first, first + count)}
+
+
+def run(
+    plan: Plan, asked: Mapping[str, Mapping[int, str]], batches: Collection[int], sides: Collection[str], say: Say
+) -> Iterator[list[Row]]:
+    """Run the benchmark.
+
+    Args:
+        plan: what is measured.
+        asked: prompts by dataset and place.
+        batches: how many of them are answered at once.
+        sides: some of SIDES.
+        say: is told what happens.
+
+    Yields:
+        After each group of prompts a row for each side, of that group alone: `merged` puts them together.
+    """
+    groups = [
+        _Group(dataset, batch, places[at : at + batch])
+        for dataset, prompts in asked.items()
+        for places in [sorted(prompts)]
+        for batch in sorted(batches)
+        for at in range(0, len(places) - batch + 1, batch)
+    ]
+    found: dict[_Group, list[tuple[str, Answers]]] = {group: [] for group in groups}
+    others = [side for side in SIDES if side in sides]
+    phases = [[BASELINE, *others]] if plan.together else [[BASELINE], others]
+    with _drafts(plan, say) as drafts:
+        for phase in phases:
+            with _targets(plan, phase, max(batches), drafts("addresses"), say) as targets:
+                tokens = _tokens(next(iter(targets.values())), asked)
+                for number, group in enumerate(groups):
+                    prompts = [tokens[group.dataset][place] for place in group.places]
+                    for target in set(targets.values()):
+                        target("answer", "", prompts, 1)  # its prefix is known from here on
+                    for side in _turns(phase, number):
+                        say(f"{group}: {side}")
+                        answers = targets[side]("answer", side, prompts, plan.max_tokens)
+                        found[group].append((side, answers))
+                        if len(found[group]) == 1 and set(_OWN) & set(others):
+                            for prompt, answer in zip(prompts, answers.token_ids, strict=True):
+                                drafts("record", prompt, answer, plan.most)
+                    if phase is phases[-1]:
+                        yield [_fresh(plan, group, *each) for each in _samples(plan, group, found[group])]
+
+
+def _fresh(plan: Plan, group: "_Group", side: str, sample: Row) -> Row:
+    return {
+        "target": plan.target,
+        "draft": plan.draft,
+        "dtype": plan.dtype,
+        "draft_dtype": plan.draft_dtype,
+        "engine": " ".join(f"{name}={value}" for name, value in sorted(plan.engine.items())),
+        "dataset": group.dataset,
+        "batch": group.batch,
+        "side": side,
+        "k": plan.wanted(side),
+        "samples": [sample],
+    }
+
+
+@dataclass(frozen=True)
+class _Group:
+    dataset: str
+    batch: int
+    places: Sequence[int]
+
+    def __hash__(self) -> int:
+        return hash((self.dataset, self.batch, self.places[0]))
+
+    def __str__(self) -> str:
+        return f"{self.dataset} {self.places[0]}, {self.batch} at once"
+
+
+def _turns(sides: Sequence[str], number: int) -> list[str]:
+    """Order of the sides in a group: the baseline around the others, which change ends from group to group."""
+    others = [side for side in sides if side != BASELINE]
+    ends = [BASELINE] if BASELINE in sides else []
+    return [*ends, *(reversed(others) if number % 2 else others), *(ends if others else [])]
+
+
+@contextmanager
+def _drafts(plan: Plan, say: Say) -> Iterator[Remote]:
+    say(f"loading the draft model {plan.draft}")
+    folder, cores = resolve_model(plan.draft, progress=say).path, len(os.sched_getaffinity(0))
+    arguments = (folder, plan.draft_dtype, cores, _MAX_MODEL_LEN, _OWN)
+    remote = Remote(_make_drafts, *arguments, environment=cpu.environment(cores), wait_s=_WAIT_S)
+    try:
+        yield remote
+    finally:
+        remote.close()
+
+
+@contextmanager
+def _targets(
+    plan: Plan, sides: Sequence[str], batch: int, addresses: Mapping[str, str], say: Say
+) -> Iterator[dict[str, Remote]]:
+    """The engine of each side."""
+    folder, cores = resolve_model(plan.target, progress=say).path, len(os.sched_getaffinity(0))
+    engine = {**_ENGINE, **plan.engine, "dtype": plan.dtype, "max_num_seqs": batch}
+    targets: dict[str, Remote] = {}
+    with ExitStack() as stack:
+        for speculates in (False, True):
+            mine = [side for side in dict.fromkeys(sides) if (side != BASELINE) == speculates]
+            if not mine:
+                continue
+            say(f"starting an engine {'with' if speculates else 'without'} speculation")
+            most = max(plan.k, plan.most) if speculates else 0
+            remote = Remote(_make_target, folder, engine, most, environment=cpu.environment(cores), wait_s=_WAIT_S)
+            stack.callback(remote.close)
+            for side in mine:
+                targets[side] = remote
+                if speculates:
+                    address = addresses[_DRAFTERS[side]] if side in _DRAFTERS else ""
+                    remote("side", side, plan.wanted(side), address, side == "adaptive", _PATIENCE_S)
+        yield targets
+
+
+def _make_target(*arguments: Any) -> Any:
+    from joinwise.actors.bench.speculate_engine import Target
+
+    return Target(*arguments)
+
+
+def _make_drafts(*arguments: Any) -> Any:
+    from joinwise.actors.bench.speculate_drafts import Drafts
+
+    return Drafts(*arguments)
+
+
+def _tokens(target: Remote, asked: Mapping[str, Mapping[int, str]]) -> dict[str, dict[int, list[int]]]:
+    return {
+        dataset: dict(zip(prompts, target("prompts", list(prompts.values())), strict=True))
+        for dataset, prompts in asked.items()
+    }
+
+
+def _samples(plan: Plan, group: _Group, taken: Sequence[tuple[str, Answers]]) -> Iterator[tuple[str, Row]]:
+    """What each side's answers to a group come to; those of the baseline are the mean of its turns."""
+    base = [answers for side, answers in taken if side == BASELINE]
+    base_rate = statistics.mean(answers.rate for answers in base)
+    base_step = statistics.median(seconds for each in base for size, seconds in each.steps if size == group.batch)
+    for side, answers in taken:
+        if side == BASELINE and answers is not base[0]:
+            continue
+        rate = base_rate if side == BASELINE else answers.rate
+        size = group.batch * (plan.wanted(side) + 1)
+        steps = [seconds for tokens, seconds in answers.steps if tokens == size]
+        asked = answers.asked
+        heard = asked.asked - asked.missed
+        yield (
+            side,
+            {
+                "places": list(group.places),
+                "tokens": sum(len(ids) for ids in answers.token_ids),
+                "tokens_per_s": rate,
+                "speedup": rate / base_rate if plan.together else None,
+                "accepted_length": answers.gained / answers.row_steps if answers.row_steps else None,
+                "step_ms": 1000 * statistics.median(steps) if steps else None,
+                "step_ratio": statistics.median(steps) / base_step if steps else None,
+                "draft_ms": 1000 * asked.drafting_s / heard if heard else None,
+                "wait_ms": 1000 * asked.waited_s / asked.asked if asked.asked else None,
+                "round_bytes": asked.bytes / asked.asked if asked.asked else None,
+                "rounds": asked.asked,
+                "drafted": asked.drafted,
+                "missed": asked.missed,
+                "divergences": sum(
+                    ids != right for ids, right in zip(answers.token_ids, base[0].token_ids, strict=True)
+                ),
+                "load_average": os.getloadavg()[0],
+            },
+        )
+
+
+_KEY = ("target", "draft", "dtype", "draft_dtype", "engine", "dataset", "batch", "side", "k")
+_SUMMED = ("tokens", "rounds", "drafted", "missed", "divergences")
+_MEDIANS = ("tokens_per_s", "speedup", "accepted_length", "step_ms", "step_ratio", "draft_ms", "wait_ms", "round_bytes")
+
+
+def merged(before: Sequence[Row], fresh: Sequence[Row]) -> list[Row]:
+    """Rows with the samples of both; where both have one of the same prompts the fresh one counts."""
+    samples: dict[tuple[Any, ...], dict[tuple[int, ...], Row]] = {}
+    for row in [*before, *fresh]:
+        mine = samples.setdefault(tuple(row[name] for name in _KEY), {})
+        mine.update({tuple(sample["places"]): sample for sample in row["samples"]})
+    order = (BASELINE, *SIDES)
+    keys = sorted(samples, key=lambda key: (*key[:-2], order.index(key[-2]), key[-1]))
+    return [_row(dict(zip(_KEY, key, strict=True)), list(samples[key].values())) for key in keys]
+
+
+def _row(what: Row, samples: list[Row]) -> Row:
+    row = {**what, "prompts": sum(len(sample["places"]) for sample in samples)}
+    for name in _MEDIANS:
+        values = [sample[name] for sample in samples if sample[name] is not None]
+        row[name] = round(statistics.median(values), 4) if values else None
+    row |= {name: sum(sample[name] for sample in samples) for name in _SUMMED}
+    return row | {"samples": samples}
+
+
+def figures(rows: Sequence[Row]) -> dict[str, float | None]:
+    """The benchmark's figures; None where the rows behind one are not there yet."""
+
+    def speedups(side: str, **wanted: Any) -> list[float]:
+        wanted |= {"side": side, "dtype": "bfloat16"}
+        return [
+            row["speedup"]
+            for row in rows
+            if row["speedup"] is not None and all(row[name] == value for name, value in wanted.items())
+        ]
+
+    single = {"dataset": "humaneval", "batch": 1}
+    exact = [row["divergences"] for row in rows if row["dtype"] == "float32"]
+    named: dict[str, float | None] = {
+        "speedup_adaptive_humaneval_bf16": min(speedups("adaptive", **single), default=None),
+        "speedup_adaptive_min": min(speedups("adaptive"), default=None),
+        "divergences_float32": sum(exact) if exact else None,
+        "speedup_silent_min": min(speedups("silent"), default=None),
+    }
+    for side in _OWN:
+        named[f"speedup_projected_{side}"] = min(speedups(side, **single), default=None)
+    return named
+
+
+_SHOWN = {
+    "dataset": "dataset",
+    "batch": "batch",
+    "side": "side",
+    "k": "k",
+    "prompts": "prompts",
+    "tokens_per_s": "tokens/s",
+    "speedup": "speedup",
+    "accepted_length": "tokens a step",
+    "step_ratio": "V(k)/V(1)",
+    "draft_ms": "draft ms",
+    "round_bytes": "bytes a round",
+    "divergences": "divergences",
+}
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """Rows for a terminal."""
+    shown = Table("target / draft", *_SHOWN.values(), title="joinwise bench speculate")
+    for row in rows:
+        cells = (row[name] for name in _SHOWN)
+        shown.add_row(
+            f"{row['dtype']} / {row['draft_dtype']}",
+            *("" if cell is None else f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells),
+        )
+    return shown
