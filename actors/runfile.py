@@ -20,6 +20,9 @@ from typing import IO, Any
 from joinwise.cluster import env
 from joinwise.cluster.errors import ConfigError
 
+_WRITTEN_S = 1.0
+_POLL_S = 0.01
+
 #: Tells a launcher that there is a wish. Not SIGHUP, which ends a cluster with its terminal.
 CHANGE = signal.SIGUSR1
 
@@ -154,10 +157,18 @@ def running(cluster: str) -> dict[str, Any]:
         with path.open("r+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return read(path)
+        return _written(path)
     except OSError:
         return {}
     return {}
+
+
+def _written(path: Path) -> dict[str, Any]:
+    """What a run file that is held says, once it is not being written."""
+    deadline = time.monotonic() + _WRITTEN_S
+    while not (facts := read(path)) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    return facts
 
 
 def forget(cluster: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,6 +54,23 @@ def test_a_wish_comes_true(launcher: RunFile, heard: list[int], tmp_path: Path) 
     assert runfile.running("c")["addresses"] == {"http": "http://h"}, "the rest of it stays"
     again = runfile.wish("c", tmp_path / "new.yaml")
     assert not runfile.granted("c", again), "the answer to the one before is not its own"
+
+
+def test_who_reads_while_it_is_written_reads_it_afterwards(launcher: RunFile) -> None:
+    """A launcher that writes for ever, and a reader that must never believe that it has gone."""
+    over = threading.Event()
+
+    def write() -> None:
+        while not over.is_set():
+            launcher.ready({"http": "h" * 2000}, "redis://")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        assert all(runfile.running("c")["pid"] == os.getpid() for _ in range(40))
+    finally:
+        over.set()
+        writer.join()
 
 
 def test_a_wish_that_fails_says_why(launcher: RunFile, tmp_path: Path) -> None:
