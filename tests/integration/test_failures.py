@@ -6,13 +6,13 @@ A request that can go on goes on, with the tokens of an undisturbed run; whoever
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import os
 import signal
-import socket
 import subprocess
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,15 +23,16 @@ import httpx
 import psutil
 import pytest
 import redis
+import yaml
 from helpers.cluster import MODEL, RunningCluster, cluster_config, running_cluster
 from helpers.idle import assert_idle
 from helpers.processes import Home
 
+from joinwise.actors.chaos.redis_server import RedisServer
 from joinwise.cluster.client import AsyncClient, JoinwiseError
 from joinwise.cluster.config_model import RouterConfig
 from joinwise.cluster.router.registry import Registry, WorkerInfo
 from joinwise.cluster.store.client import connect
-from joinwise.cluster.store.embedded import find_server
 from joinwise.cluster.store.keys import Keys
 from joinwise.proto import engine_pb2, engine_pb2_grpc
 
@@ -45,42 +46,9 @@ _LONG = " ".join(f"{number} bottles of beer on the wall," for number in range(16
 _STORY = "Once upon a time, in a small village by the sea,"
 
 
-class RedisServer:
-    """A Redis that tests may kill and start again."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
-        self.url = f"redis://127.0.0.1:{self.port}/0"
-        self._folder = folder
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        arguments = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", str(self._folder)]
-        quiet = subprocess.DEVNULL
-        self._process = subprocess.Popen([str(find_server()), *arguments], stdout=quiet, stderr=quiet)
-        client = redis.Redis.from_url(self.url)
-        deadline = time.monotonic() + 10
-        while True:
-            try:
-                client.ping()
-                client.close()
-                return
-            except redis.RedisError:
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
-
-    def kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
-
 @pytest.fixture(scope="module")
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    server = RedisServer(tmp_path_factory.mktemp("redis"))
+    server = RedisServer(tmp_path_factory.mktemp("redis") / "data")
     server.start()
     yield server
     server.kill()
@@ -394,6 +362,49 @@ async def test_no_worker_is_503_at_once(bench: Bench) -> None:
     assert (await bench.ask(_STORY, 8)).tokens == expected.tokens
 
 
+# Another configuration.
+
+
+async def test_apply_renews_what_it_touches_and_nobody_notices(bench: Bench, tmp_path: Path) -> None:
+    """A refused one changes nothing; one of prefill's replaces its worker alone, while streams and requests go on."""
+    home = Home(Path(os.environ["JOINWISE_HOME"]))
+    old = {info.worker_id for info in await bench.workers(count=3)}
+    (prefill,) = (info.worker_id for info in await bench.of_role("prefill"))
+    story, short = (await bench.ask(_STORY, 400)).tokens, (await bench.ask(_STORY, 8)).tokens
+
+    async def apply(change: Callable[[dict[str, Any]], None]) -> subprocess.CompletedProcess[str]:
+        config = copy.deepcopy(bench.cluster.config)
+        change(config)
+        file = tmp_path / "new.yaml"
+        file.write_text(yaml.safe_dump(config))
+        return await asyncio.to_thread(home.joinwise, "apply", "-f", str(file))
+
+    for change, said in (
+        (lambda config: config["pools"][0].update(roll="mixed"), "roll"),
+        (lambda config: config["models"][0].update(dtype="bfloat16"), "dtype stay while they run"),
+        (lambda config: config["pools"][0]["engine"].update(block_sise=32), "block_sise"),
+    ):
+        refused = await apply(change)
+        assert refused.returncode == 1 and said in refused.stderr and "Traceback" not in refused.stderr, refused.stderr
+    assert {info.worker_id for info in await bench.workers(count=3)} == old
+
+    async def read() -> list[int]:
+        return [token async for token in bench.stream(_STORY, 400)]
+
+    changed = asyncio.create_task(apply(lambda config: config["pools"][0]["engine"].update(max_num_seqs=4)))
+    streams = 0
+    while not changed.done():
+        read_now = asyncio.create_task(read())
+        assert (await bench.ask(_STORY, 8)).tokens == short
+        assert await read_now == story
+        streams += 1
+    assert (await changed).returncode == 0, (await changed).stderr
+    assert streams
+    renewed = {info.worker_id for info in await bench.workers(count=3, without=frozenset({prefill}))}
+    assert renewed & old == old - {prefill}
+    assert (await bench.ask("0 " + _STORY, 8)).ledger["prefill_worker"] in renewed - old
+
+
 # Redis.
 
 
@@ -410,6 +421,7 @@ async def test_without_redis_running_requests_end_and_new_ones_are_served(
                 answer = await bench.http.post(COMPLETIONS, json=bench.body("more", 8, stream=stream))
                 assert answer.status_code == 200, answer.text  # on the workers that the gateway saw last
     assert tokens == expected
+    redis_server.forget()
     redis_server.start()  # empty: the workers register again
     await bench.workers(count=3)
     assert (await bench.ask(_STORY, 96)).tokens == expected
