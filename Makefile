@@ -5,7 +5,7 @@ PATHS := cluster actors kernels scripts tests setup.py
 # Extra arguments of pytest: make test ARGS="-k router -x"
 ARGS ?=
 .DEFAULT_GOAL := help
-.PHONY: help env demo models bench-models test test-unit test-gpu bench-gpu chaos helm-test security-test screenshots check check-format check-lint check-types check-imports check-proto check-size \
+.PHONY: help env demo models bench-models test test-unit test-gpu bench-gpu chaos fidelity helm-test security-test screenshots check check-format check-lint check-types check-imports check-proto check-size \
         format proto proto-accept-breaking golden lock wheel clean
 
 help: ## list the targets
@@ -46,6 +46,11 @@ test-gpu: env ## the tests that need a GPU: kernels, KV in device memory, engine
 bench-gpu: env ## KV between GPUs and CPUs and the kernels on a GPU; says what it could not measure, and why
 	@mkdir -p out
 	.venv/bin/joinwise bench kv --gpu --json out/bench-gpu.json $(ARGS)
+
+fidelity: env ## a trace through a real cluster here and through the simulator of it: result, table, plot (5 minutes)
+	HF_HUB_OFFLINE=1 .venv/bin/joinwise bench fidelity --json docs/results/fidelity.json $(ARGS)
+	$(PYTHON_ENV) scripts/plots.py docs/results/fidelity.json
+	$(PYTHON_ENV) scripts/tables.py docs/results/fidelity.json
 
 helm-test: env ## lint, render, validate and package the chart
 	.venv/bin/pytest tests/unit/test_helm.py tests/unit/test_helm_toggles.py tests/unit/test_helm_files.py $(ARGS)

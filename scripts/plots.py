@@ -63,7 +63,25 @@ def goodput(figure: Figure, rows: Rows) -> None:
             axes.grid(alpha=0.3)
 
 
-PICTURES: dict[str, Callable[[Figure, Rows], None]] = {"kv": kv, "handoff": handoff, "goodput": goodput}
+def fidelity(figure: Figure, rows: Rows) -> None:
+    """How many requests were that quick: the cluster, and the simulator of it."""
+    names = {"ttft_s": "to the first token", "tpot_s": "between tokens", "e2e_s": "in all"}
+    for axes, (metric, label) in zip(figure.subplots(1, len(names), sharey=True), names.items(), strict=True):
+        for side, style in (("real", "-"), ("simulated", "--")):
+            values = sorted(row[f"{side}_{metric}"] for row in rows if row[f"{side}_{metric}"] is not None)
+            shares = [place / len(values) for place in range(1, len(values) + 1)]
+            axes.plot(values, shares, style, label={"real": "cluster"}.get(side, side), drawstyle="steps-post")
+        axes.set(xlabel=f"seconds {label}", xlim=(0, None), ylim=(0, 1.02))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+
+
+PICTURES: dict[str, Callable[[Figure, Rows], None]] = {
+    "kv": kv,
+    "handoff": handoff,
+    "goodput": goodput,
+    "fidelity": fidelity,
+}
 
 
 def lines(axes: Axes, rows: Rows, key: str, x: str, y: str) -> None:
@@ -87,6 +105,7 @@ def draw(file: Path) -> Path | None:
         return None
     links = len({row.get("link") for row in result["rows"]})
     down, across = (len({row["trace"] for row in result["rows"]}), 2) if picture is goodput else (1, links)
+    across = 3 if picture is fidelity else across
     figure = Figure(figsize=(5 + 3 * (across - 1), 3.6 * down), layout="constrained")
     picture(figure, result["rows"])
     IMAGES.mkdir(parents=True, exist_ok=True)

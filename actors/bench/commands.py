@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 import yaml
@@ -269,3 +269,29 @@ def speculate(
                 report.write(json, "speculate", it.figures(rows), rows, report.machine(sides=how))
     Console(width=max(Console().width, 132)).print(it.table(rows))
     _show_figures("speculate", {name: value for name, value in it.figures(rows).items() if value is not None})
+
+
+@bench.command()
+def fidelity(
+    mixed: Annotated[bool, typer.Option("--mixed", help="Two engines for both phases, not one for each")] = False,
+    rate: Annotated[float, typer.Option(help="Requests a second", min=0.01)] = 0.8,
+    seconds: Annotated[float, typer.Option(help="Of each of the two traces", min=10)] = 90.0,
+    profile_seconds: Annotated[float, typer.Option(help="Of the profile of both engines", min=0)] = 40.0,
+    json: Json = None,
+) -> None:
+    """A trace through a cluster on this machine and through the simulator of it: percentiles side by side."""
+    from joinwise.actors.bench import report
+    from joinwise.actors.bench.fidelity import METRICS, run
+
+    shape: Literal["split", "mixed"] = "mixed" if mixed else "split"
+    with _progress() as say:
+        figures, rows = run(shape, rate, seconds, profile_seconds, say)
+    table = Table("", "cluster", "simulated", "error", "alone", title="joinwise bench fidelity")
+    for name in (f"{metric}_p{percent}" for metric in METRICS for percent in (50, 90, 99)):
+        real, ours = (f"{figures[f'{name}_{side}']:.3f}" for side in ("real", "simulated"))
+        table.add_row(name, real, ours, *(f"{figures[f'{name}_{side}']:+.1%}" for side in ("error", "error_alone")))
+    Console().print(table)
+    _show_figures("fidelity", {name: value for name, value in figures.items() if "_p" not in name})
+    if json is not None:
+        how = "two engines on one core each; gateway, client, Redis and Ray free to run on both"
+        report.write(json, "fidelity", figures, rows, report.machine(sides=how, shape=shape, rate=rate))

@@ -128,11 +128,12 @@ class VllmEngine(Engine):
             self.queue.appendleft(task)
 
     def _plan(self) -> tuple[float, int]:
-        chunks = context = decoding = 0
+        chunks = context = decoding = sending = 0
         steps = 1 << 30
         for task in self.batch:
             if task.todo:
                 chunks += task.chunk
+                sending += task.part == "prefill"
             else:
                 decoding += 1
                 context += task.context
@@ -141,7 +142,7 @@ class VllmEngine(Engine):
         look, kind = self.world.coverage.look, self.kind
         if self.prompting:
             look("prompt tokens of a step", kind.prefill, chunks + decoding)
-            seconds = kind.prefill(chunks + decoding)
+            seconds = kind.prefill(chunks + decoding) + (sending > 0) * kind.send_s
             if decoding:
                 look("sequences in a batch", kind.batch, decoding)
                 seconds += max(0.0, self._decode_s(decoding, context) - self._least_step)

@@ -11,7 +11,7 @@ import statistics
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -48,10 +48,6 @@ class Curve:
             known = self._known[count] = max(self.least, self._line(count))
         return known
 
-    def scaled(self, times: float) -> Curve:
-        """The same curve with so many times the seconds."""
-        return Curve({count: seconds * times for count, seconds in self.points.items()})
-
     def covers(self, count: float) -> bool:
         """Whether it was measured that far."""
         return count <= self._x[-1]
@@ -81,6 +77,7 @@ class Kind:
         layers: of the model; KV is sent a layer at a time.
         price: per hour.
         power: kilowatts provisioned.
+        send_s: seconds that a step takes longer whose layers are sent as it computes them.
     """
 
     name: str
@@ -95,16 +92,12 @@ class Kind:
     price: float
     power: float
     batch_context: int = _BATCH_CONTEXT
+    send_s: float = 0.0
 
     @property
     def least_s(self) -> float:
         """No step is shorter."""
         return min(self.prefill.least, self.tokens.least, self.batch.least)
-
-    def slower(self, times: float) -> Kind:
-        """The same machine with everything that it computes taking so many times as long."""
-        curves = {name: getattr(self, name).scaled(times) for name in ("prefill", "tokens", "batch")}
-        return replace(self, **curves, context_s=self.context_s * times)
 
 
 #: Names of devices in measured tables -> kinds.
@@ -191,6 +184,7 @@ def _kind(name: str, about: Mapping[str, Any], machine: Mapping[str, Any], measu
         price=float(machine["price_per_hour"]),
         power=float(machine["power_kw"]),
         batch_context=int(measured.get("batch_context", _BATCH_CONTEXT)),
+        send_s=float(measured.get("send_ms", 0.0)) / 1000,
     )
 
 

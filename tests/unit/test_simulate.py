@@ -110,6 +110,13 @@ def test_a_cache_that_comes_during_a_step_is_heard_of_with_the_next() -> None:
     assert late.end == pytest.approx(0.100 + 2 * 0.010 + 2 * 0.011, abs=1e-5)
 
 
+def test_a_step_that_sends_its_layers_takes_longer() -> None:
+    arrivals, profile = [Arrival(0.0, 60, 2), Arrival(0.0, 40, 2)], small(send_s=0.05, link_bytes_s=1e12)
+    split = run(arrivals, pools="prefill=1xa,decode=1xa", profile=profile).outcome.jobs
+    assert [job.first for job in split] == pytest.approx([0.060 + 0.05, 0.110 + 0.040 + 0.05])  # a step each
+    assert [job.first for job in run(arrivals, profile=profile).outcome.jobs] == pytest.approx([0.060, 0.101])
+
+
 def test_two_caches_on_one_card_go_one_after_the_other() -> None:
     arrivals = [Arrival(0.0, 1000, 2), Arrival(0.0, 1000, 2)]
     shared = run(arrivals, pools="prefill=2xa,decode=1xa").outcome.jobs
