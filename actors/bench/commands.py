@@ -252,23 +252,26 @@ def speculate(
     json: Json = None,
 ) -> None:
     """Answers with drafts against answers without. A result file that is there gets these samples beside its own."""
-    from joinwise.actors.bench import report
+    from joinwise.actors.bench import report, speculate_rows
     from joinwise.actors.bench import speculate as it
 
-    if unknown := set(side or ()) - set(it.SIDES):
-        raise typer.BadParameter(f"{', '.join(sorted(unknown))}: there are {', '.join(it.SIDES)}", param_hint="--side")
+    sides = speculate_rows.SIDES
+    if unknown := set(side or ()) - set(sides):
+        raise typer.BadParameter(f"{', '.join(sorted(unknown))}: there are {', '.join(sides)}", param_hint="--side")
     arguments = {name: yaml.safe_load(value) for name, _, value in (each.partition("=") for each in engine or ())}
     plan = it.Plan(target, draft, dtype, draft_dtype, k, most, max_tokens, not apart, arguments)
     asked = {name: it.texts(data, name, first, count) for name in dataset or ["humaneval", "gsm8k"]}
     how = "two engines take turns on all cores, draft actors beside them on the same; own_device...: a projection"
     rows = report.rows_of(json, "speculate") if json is not None and json.exists() else []
     with _progress() as say:
-        for fresh in it.run(plan, asked, batch or [1, 4], side or it.SIDES, say):
-            rows = it.merged(rows, fresh)
+        for fresh in it.run(plan, asked, batch or [1, 4], side or sides, say):
+            rows = speculate_rows.merged(rows, fresh)
             if json is not None:
-                report.write(json, "speculate", it.figures(rows), rows, report.machine(sides=how))
-    Console(width=max(Console().width, 132)).print(it.table(rows))
-    _show_figures("speculate", {name: value for name, value in it.figures(rows).items() if value is not None})
+                report.write(json, "speculate", speculate_rows.figures(rows), rows, report.machine(sides=how))
+    Console(width=max(Console().width, 132)).print(speculate_rows.table(rows))
+    _show_figures(
+        "speculate", {name: value for name, value in speculate_rows.figures(rows).items() if value is not None}
+    )
 
 
 @bench.command()

@@ -18,20 +18,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from joinwise.actors import cpu
 from joinwise.actors.bench.remote import Remote
+from joinwise.actors.bench.speculate_rows import BASELINE, OWN, SIDES, Row
 from joinwise.actors.draft.asking import AskFigures
 from joinwise.actors.models import resolve_model
 from joinwise.cluster.errors import ConfigError
 
 CLUSTER = "bench"
-BASELINE = "none"
-_OWN = {"own_device": 0.0, "own_device_1ms": 0.001, "own_device_5ms": 0.005, "own_device_20ms": 0.02}
-"""Sides that replay, and seconds of their round trip."""
-SIDES = ("silent", "lookup", "fixed", "adaptive", *_OWN)
-_DRAFTERS = {"lookup": "lookup", "fixed": "causal", "adaptive": "causal"} | {name: name for name in _OWN}
+_DRAFTERS = {"lookup": "lookup", "fixed": "causal", "adaptive": "causal"} | {name: name for name in OWN}
 _MAX_MODEL_LEN = 1024
 _ENGINE = {
     "enforce_eager": True,
@@ -43,7 +38,6 @@ _ENGINE = {
 _PATIENCE_S = 5.0
 _WAIT_S = 600.0
 
-Row = dict[str, Any]
 Say = Callable[[str], None]
 
 
@@ -76,7 +70,7 @@ class Plan:
         """Drafts that a side asks for, at most."""
         if side in (BASELINE, "silent"):
             return 0
-        return self.most if side == "adaptive" or side in _OWN else self.k
+        return self.most if side == "adaptive" or side in OWN else self.k
 
 
 @dataclass
@@ -163,7 +157,7 @@ def run(
                         say(f"{group}: {side}")
                         answers = targets[side]("answer", side, prompts, plan.max_tokens)
                         found[group].append((side, answers))
-                        if len(found[group]) == 1 and set(_OWN) & set(others):
+                        if len(found[group]) == 1 and set(OWN) & set(others):
                             for prompt, answer in zip(prompts, answers.token_ids, strict=True):
                                 drafts("record", prompt, answer, plan.most)
                     if phase is phases[-1]:
@@ -209,7 +203,7 @@ def _turns(sides: Sequence[str], number: int) -> list[str]:
 def _drafts(plan: Plan, say: Say) -> Iterator[Remote]:
     say(f"loading the draft model {plan.draft}")
     folder, cores = resolve_model(plan.draft, progress=say).path, len(os.sched_getaffinity(0))
-    arguments = (folder, plan.draft_dtype, cores, _MAX_MODEL_LEN, _OWN)
+    arguments = (folder, plan.draft_dtype, cores, _MAX_MODEL_LEN, OWN)
     remote = Remote(_make_drafts, *arguments, environment=cpu.environment(cores), wait_s=_WAIT_S)
     try:
         yield remote
@@ -296,80 +290,3 @@ def _samples(plan: Plan, group: _Group, taken: Sequence[tuple[str, Answers]]) ->
                 "load_average": os.getloadavg()[0],
             },
         )
-
-
-_KEY = ("target", "draft", "dtype", "draft_dtype", "engine", "dataset", "batch", "side", "k")
-_SUMMED = ("tokens", "rounds", "drafted", "missed", "divergences")
-_MEDIANS = ("tokens_per_s", "speedup", "accepted_length", "step_ms", "step_ratio", "draft_ms", "wait_ms", "round_bytes")
-
-
-def merged(before: Sequence[Row], fresh: Sequence[Row]) -> list[Row]:
-    """Rows with the samples of both; where both have one of the same prompts the fresh one counts."""
-    samples: dict[tuple[Any, ...], dict[tuple[int, ...], Row]] = {}
-    for row in [*before, *fresh]:
-        mine = samples.setdefault(tuple(row[name] for name in _KEY), {})
-        mine.update({tuple(sample["places"]): sample for sample in row["samples"]})
-    order = (BASELINE, *SIDES)
-    keys = sorted(samples, key=lambda key: (*key[:-2], order.index(key[-2]), key[-1]))
-    return [_row(dict(zip(_KEY, key, strict=True)), list(samples[key].values())) for key in keys]
-
-
-def _row(what: Row, samples: list[Row]) -> Row:
-    row = {**what, "prompts": sum(len(sample["places"]) for sample in samples)}
-    for name in _MEDIANS:
-        values = [sample[name] for sample in samples if sample[name] is not None]
-        row[name] = round(statistics.median(values), 4) if values else None
-    row |= {name: sum(sample[name] for sample in samples) for name in _SUMMED}
-    return row | {"samples": samples}
-
-
-def figures(rows: Sequence[Row]) -> dict[str, float | None]:
-    """The benchmark's figures; None where the rows behind one are not there yet."""
-
-    def speedups(side: str, **wanted: Any) -> list[float]:
-        wanted |= {"side": side, "dtype": "bfloat16"}
-        return [
-            row["speedup"]
-            for row in rows
-            if row["speedup"] is not None and all(row[name] == value for name, value in wanted.items())
-        ]
-
-    single = {"dataset": "humaneval", "batch": 1}
-    exact = [row["divergences"] for row in rows if row["dtype"] == "float32"]
-    named: dict[str, float | None] = {
-        "speedup_adaptive_humaneval_bf16": min(speedups("adaptive", **single), default=None),
-        "speedup_adaptive_min": min(speedups("adaptive"), default=None),
-        "divergences_float32": sum(exact) if exact else None,
-        "speedup_silent_min": min(speedups("silent"), default=None),
-    }
-    for side in _OWN:
-        named[f"speedup_projected_{side}"] = min(speedups(side, **single), default=None)
-    return named
-
-
-_SHOWN = {
-    "dataset": "dataset",
-    "batch": "batch",
-    "side": "side",
-    "k": "k",
-    "prompts": "prompts",
-    "tokens_per_s": "tokens/s",
-    "speedup": "speedup",
-    "accepted_length": "tokens a step",
-    "step_ratio": "V(k)/V(1)",
-    "draft_ms": "draft ms",
-    "round_bytes": "bytes a round",
-    "divergences": "divergences",
-}
-
-
-def table(rows: Sequence[Row]) -> Table:
-    """Rows for a terminal."""
-    shown = Table("target / draft", *_SHOWN.values(), title="joinwise bench speculate")
-    for row in rows:
-        cells = (row[name] for name in _SHOWN)
-        shown.add_row(
-            f"{row['dtype']} / {row['draft_dtype']}",
-            *("" if cell is None else f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells),
-        )
-    return shown

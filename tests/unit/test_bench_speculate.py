@@ -12,7 +12,7 @@ import torch
 from helpers.draft_rig import ask, linked, opened
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from joinwise.actors.bench import speculate
+from joinwise.actors.bench import speculate, speculate_rows
 from joinwise.actors.bench.report import rows_of
 from joinwise.actors.bench.speculate import Answers, Plan
 from joinwise.actors.bench.speculate_drafts import Drafts
@@ -32,7 +32,7 @@ def answers(ids: list[int], seconds: float, steps: list[tuple[int, float]], **as
 
 def rows(taken: list[tuple[str, Answers]], plan: Plan = PLAN) -> list[dict[str, Any]]:
     fresh = [speculate._fresh(plan, GROUP, side, sample) for side, sample in speculate._samples(plan, GROUP, taken)]
-    return speculate.merged([], fresh)
+    return speculate_rows.merged([], fresh)
 
 
 def test_a_side_is_compared_with_the_mean_of_the_baseline_around_it() -> None:
@@ -59,11 +59,11 @@ def test_pieces_are_put_together() -> None:
         row["samples"][0] |= {"places": [place], "speedup": speedup}
         return [row]
 
-    once = speculate.merged(piece(0, 1.0), piece(1, 2.0))
-    again = speculate.merged(once, piece(1, 4.0))  # measured anew
+    once = speculate_rows.merged(piece(0, 1.0), piece(1, 2.0))
+    again = speculate_rows.merged(once, piece(1, 4.0))  # measured anew
     assert [row["speedup"] for row in again] == [2.5]
     assert [row["prompts"] for row in again] == [2]
-    figures = speculate.figures(again)
+    figures = speculate_rows.figures(again)
     assert figures["speedup_adaptive_humaneval_bf16"] == figures["speedup_adaptive_min"] == 2.5
     assert figures["divergences_float32"] is None
 
@@ -73,8 +73,8 @@ def test_only_float32_must_not_diverge() -> None:
     taken = [("none", answers([1, 2], 1.0, [(1, 1.0)])), ("lookup", answers([1, 3], 1.0, [(5, 1.0)]))]
     found = rows(taken, plan)
     assert [row["speedup"] for row in found] == [None, None]  # they did not take turns
-    assert speculate.figures(found)["divergences_float32"] == 1
-    assert speculate.figures(rows(taken))["divergences_float32"] is None
+    assert speculate_rows.figures(found)["divergences_float32"] == 1
+    assert speculate_rows.figures(rows(taken))["divergences_float32"] is None
 
 
 def test_turns() -> None:
