@@ -184,7 +184,7 @@ AVX2 void tile(const Job& job, const Chunk& chunk, Size row, Size channel, float
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n)
+        for (int n = 0; n < N; ++n)
             total[m][n] = chunk.first ? _mm256_setzero_ps() : _mm256_loadu_ps(sums + (m * N + n) * 8);
     const Byte* end = weights + chunk.bytes - rest;
     if (chunk.ahead) {
@@ -200,13 +200,13 @@ AVX2 void tile(const Job& job, const Chunk& chunk, Size row, Size channel, float
     }
     if (rest) {
         Byte last[N][32] = {};
-    for (int n = 0; n < N; ++n) std::memcpy(last[n], weights + n * apart, rest);
+        for (int n = 0; n < N; ++n) std::memcpy(last[n], weights + n * apart, rest);
         step<kNumbers, M, N>(total, last[0], 32, x, job.stride);
     }
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) {
+        for (int n = 0; n < N; ++n) {
             if (!chunk.last) {
                 _mm256_storeu_ps(sums + (m * N + n) * 8, total[m][n]);
                 continue;
