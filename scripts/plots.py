@@ -76,7 +76,25 @@ def fidelity(figure: Figure, rows: Rows) -> None:
         axes.legend(fontsize=8)
 
 
+def speculate(figure: Figure, rows: Rows) -> None:
+    """Speed of each side over no speculation, by dataset and answers at once."""
+    axes = figure.subplots()
+    mine = [row for row in rows if row["speedup"] is not None and row["side"] != "none"]
+    sides = list(dict.fromkeys(row["side"] for row in mine))
+    for dataset, batch in dict.fromkeys((row["dataset"], row["batch"]) for row in mine):
+        found = {row["side"]: row["speedup"] for row in mine if (row["dataset"], row["batch"]) == (dataset, batch)}
+        places = [place for place, side in enumerate(sides) if side in found]
+        axes.plot(places, [found[sides[place]] for place in places], "o", label=f"{dataset}, {batch} at once")
+    axes.axhline(1.0, color="grey", linewidth=0.8, linestyle="--")
+    axes.set_xticks(range(len(sides)), sides, rotation=30, ha="right", fontsize=8)
+    axes.set(ylabel="speed over no speculation", title="Speculation; own_device: a projection")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+
+
 PICTURES: dict[str, Callable[[Figure, Rows], None]] = {
+    "speculate": speculate,
     "kv": kv,
     "handoff": handoff,
     "goodput": goodput,
