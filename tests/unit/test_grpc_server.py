@@ -4,8 +4,11 @@ cluster, in tests/integration/test_front_ends.py.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import os
+import threading
+from collections.abc import AsyncIterator, Iterator
 from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +18,8 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from helpers.certificates import Authority
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from joinwise.actors.tls import Certificates
 from joinwise.cluster import apikeys
@@ -234,3 +239,72 @@ async def test_a_taken_port_and_a_stopped_server(service: Any) -> None:
     async with AsyncClient(f"127.0.0.1:{server.port}", timeout=10) as client:
         with pytest.raises(UnreachableError):
             await client.models()
+
+
+# Generated calls.
+
+
+class Door:
+    """A listener on a loop of its own thread, asked with raw bytes."""
+
+    def __init__(self) -> None:
+        from joinwise.actors.gateway.grpc_server import GrpcOptions, serve_grpc
+
+        self.service = service_of(Serving(), admission=Admission())
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread.start()
+        self._server = self._run(serve_grpc(self.service, GrpcOptions(port=0)))
+        self._channel = grpc.insecure_channel(f"127.0.0.1:{self._server.port}")
+
+    def _run(self, coroutine: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(30)
+
+    def call(self, method: str, request: bytes) -> grpc.StatusCode:
+        """The status of a call; a method that streams is read to its end.
+
+        What does not parse is UNKNOWN to gRPC itself, before it is ours; that counts as an argument that is refused.
+        """
+        path = f"/joinwise.v1.InferenceService/{method}"
+        try:
+            if method == "Generate":
+                for _ in self._channel.unary_stream(path)(request, timeout=10):
+                    pass
+            else:
+                self._channel.unary_unary(path)(request, timeout=10)
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNKNOWN and "DecodeError" in error.details():
+                return grpc.StatusCode.INVALID_ARGUMENT
+            code: grpc.StatusCode = error.code()
+            return code
+        return grpc.StatusCode.OK
+
+    def close(self) -> None:
+        self._channel.close()
+        self._run(self._server.stop(0))
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+@pytest.fixture(scope="module")
+def door() -> Iterator[Door]:
+    door = Door()
+    yield door
+    assert door.call("ListModels", b"") == grpc.StatusCode.OK
+    assert not door.service.running
+    door.close()
+
+
+FUZZ = settings(
+    max_examples=int(os.environ.get("FUZZ_ROUNDS", "40")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+_UNDECLARED = frozenset({grpc.StatusCode.UNKNOWN, grpc.StatusCode.DEADLINE_EXCEEDED})  # a crash; no answer at all
+
+
+@FUZZ
+@given(st.sampled_from(["Generate", "Cancel", "ListModels", "ClusterStatus"]), st.binary(max_size=300))
+def test_noise_is_answered(door: Door, method: str, noise: bytes) -> None:
+    assert door.call(method, noise) not in _UNDECLARED
