@@ -56,8 +56,8 @@ class _Live:
     fetched: bool | None = None
     """Whether decode has all of prefill's KV; None until it says."""
     lost_on: set[str] = field(default_factory=set)
-    lost_at: int | None = None
-    """Tokens emitted when a worker last died with it."""
+    loss: "tuple[int, asyncio.Task[bool]] | None" = None
+    """Tokens emitted when a worker was last lost with it, and whether that one died."""
     context: Context = field(default_factory=copy_context)
     """Of the client's call, whose error this request's is."""
 
@@ -206,12 +206,17 @@ class ClusterCore(EngineCoreClient):
 
     async def on_lost(self, worker: WorkerRef, reason: str) -> None:
         """A worker is gone: go on without it."""
+        died: asyncio.Task[bool] | None = None
         for live in list(self._live.values()):
             decode = live.assignment.decode
-            if (decode.worker_id, decode.epoch) == (worker.worker_id, worker.epoch):
-                self._spawn(self._move(live, live.attempt, worker, reason, died=True))
-            elif live.prefill_id and live.assignment.prefill == worker and not live.prefill_done:
-                live.lost_at = len(live.merge.emitted)
+            decodes = (decode.worker_id, decode.epoch) == (worker.worker_id, worker.epoch)
+            if not decodes and not (live.prefill_id and live.assignment.prefill == worker and not live.prefill_done):
+                continue
+            died = died or self._spawn(self._has_died(worker))
+            if decodes:
+                self._spawn(self._move(live, live.attempt, worker, reason, died))
+            else:
+                live.loss = len(live.merge.emitted), died
                 self._without_prefill(live, reason)
 
     # Inside.
@@ -347,7 +352,9 @@ class ClusterCore(EngineCoreClient):
             )
             link.send(engine_pb2.AttachRequest(continue_request=message))
 
-    async def _move(self, live: _Live, attempt: int, lost: WorkerRef, reason: str, *, died: bool = False) -> None:
+    async def _move(
+        self, live: _Live, attempt: int, lost: WorkerRef, reason: str, died: "asyncio.Task[bool] | None" = None
+    ) -> None:
         """Go on elsewhere, with what has been emitted; nothing, if that attempt is over.
 
         A worker that died may have died of this request: if the next one dies too before there is another token of it,
@@ -363,13 +370,12 @@ class ClusterCore(EngineCoreClient):
         live.ticket.prompt_ready.set()
         with contextlib.suppress(JoinwiseError):  # the lease expires by itself
             await self._router.settle(live.assignment, generated=len(live.merge.emitted))
-        if died and live.lost_at == len(live.merge.emitted):
-            logger.error(
-                "request %s is refused: two workers have died with it, the last was %s", request_id, lost.worker_id
-            )
-            self._fail(live, PoisonError("two workers have died with this request: it is not tried again"))
-            return
-        live.lost_at = len(live.merge.emitted) if died else live.lost_at
+        if died is not None:
+            before, live.loss = live.loss, (len(live.merge.emitted), died)
+            if before is not None and before[0] == live.loss[0] and all(await asyncio.gather(before[1], died)):
+                logger.error("request %s is refused: a second worker, %s, has died with it", request_id, lost.worker_id)
+                self._fail(live, PoisonError("two workers have died with this request: it is not tried again"))
+                return
         if live.attempt >= _MAX_ATTEMPTS:
             logger.error("request %s lost %d workers, giving up: %s", request_id, live.attempt, reason)
             self._fail(live, WorkerLostError(f"the request has lost {live.attempt} workers, and ends: {reason}"))
@@ -402,7 +408,16 @@ class ClusterCore(EngineCoreClient):
         live.ledger.recomputed = True
         await self._start(live)
 
+    async def _has_died(self, worker: WorkerRef) -> bool:
+        """Whether a lost worker went without a word; not known without Redis, and then nobody is blamed."""
+        try:
+            return await self._router.registered(worker)
+        except JoinwiseError:
+            return False
+
     def _fail(self, live: _Live, error: JoinwiseError) -> None:
+        if self._live.get(live.request.request_id) is not live:  # its client has left
+            return
         live.context.run(note_error, error)  # an ERROR output says nothing
         self._emit_error(live.request.request_id)
         self._end(live, "error", settle=False)
@@ -431,11 +446,12 @@ class ClusterCore(EngineCoreClient):
         buffers: Sequence[Any] = self._encoder.encode(request)
         return engine_pb2.AttachRequest(add=engine_pb2.AddRequest(request=[bytes(each) for each in buffers]))
 
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Any) -> "asyncio.Task[Any]":
         """Run bookkeeping in the background; what it raises is logged, and leases expire by themselves."""
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._done)
+        return task
 
     def _done(self, task: "asyncio.Task[Any]") -> None:
         self._background.discard(task)

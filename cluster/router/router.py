@@ -229,6 +229,11 @@ class Router:
             leases = await self._client.zcard(self._keys.leases)
         return {"workers": [_status(state) for state in states], "leases": int(leases)}
 
+    async def registered(self, worker: WorkerRef) -> bool:
+        """Whether this life of a worker is registered: one that left in good order is not, one that died still is."""
+        states = await self._registry.states_of([worker.worker_id])
+        return any(state.info.epoch == worker.epoch for state in states)
+
     async def leftovers(self) -> list[str]:
         """What an idle cluster must not have: a line for each lease and for each worker with pending tokens."""
         found = []

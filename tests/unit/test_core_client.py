@@ -32,6 +32,7 @@ class FakeRouter:
         self.settled: list[str] = []
         self.released: list[str] = []
         self.settle_error: JoinwiseError | None = None
+        self.left: set[str] = set()
 
     async def route(self, demand: Demand) -> Assignment:
         self.demands.append(demand)
@@ -45,6 +46,11 @@ class FakeRouter:
             raise self.settle_error
         self.settled.append(assignment.lease_id)
         return True
+
+    async def registered(self, worker: WorkerRef) -> bool:
+        if self.settle_error is not None:
+            raise self.settle_error
+        return worker.worker_id not in self.left
 
     async def prefill_done(self, assignment: Assignment) -> bool:
         self.released.append(assignment.lease_id)
@@ -415,6 +421,37 @@ async def test_a_request_with_which_its_prefill_worker_and_then_its_decode_worke
     await world.until(lambda: not world.core.running)
     assert isinstance(noted.last, PoisonError)
     assert world.router.demands == [], "no third one is asked"
+
+
+@pytest.mark.parametrize("left", ["d", "e"])
+async def test_workers_that_leave_in_good_order_put_no_blame_on_a_request(world: World, left: str) -> None:
+    world.router.next = [lease("m", None, E), lease("n", None, P)]
+    world.router.left = {left}
+    await world.add(lease("l", None, D))
+    for worker in (D, E):
+        await world.core.on_lost(worker, "gone")
+        await world.settle_down()
+    world.says(P, "r.2.d", 11, finish=FinishReason.LENGTH)
+    assert world.outputs() == [([11], FinishReason.LENGTH)]
+
+
+async def test_a_client_that_leaves_while_blame_is_weighed_hears_nothing(world: World) -> None:
+    weighing = asyncio.Event()
+
+    async def registered(worker: WorkerRef) -> bool:
+        await weighing.wait()
+        return True
+
+    world.router.registered = registered  # type: ignore[method-assign]
+    world.router.next = [lease("m", None, E)]
+    await world.add(lease("l", None, D))
+    for worker in (D, E):
+        await world.core.on_lost(worker, "gone")
+        await world.settle_down()
+    await world.core.abort_requests_async(["r"])
+    weighing.set()
+    await world.settle_down()
+    assert world.outputs() == [] and world.core.running == []
 
 
 async def test_a_request_that_comes_on_between_two_deaths_is_innocent(world: World) -> None:

@@ -11,7 +11,7 @@ from joinwise.cluster.config import RouterConfig
 from joinwise.cluster.errors import InvalidRequestError, NoWorkerError, OverloadedError, StoreUnavailableError
 from joinwise.cluster.router.admission import retry_after_s
 from joinwise.cluster.router.registry import WorkerLoad
-from joinwise.cluster.router.router import Assignment, Router, Running, samples_of
+from joinwise.cluster.router.router import Assignment, Router, Running, WorkerRef, samples_of
 from joinwise.cluster.store.client import connect
 from joinwise.cluster.store.embedded import EmbeddedRedis
 from joinwise.cluster.store.keys import Keys
@@ -42,6 +42,22 @@ async def test_a_split_takes_one_worker_of_each_role_and_reserves_its_tokens(ben
     assert await bench.router.settle(assignment)
     assert not await bench.router.settle(assignment)
     await bench.assert_zero()
+
+
+async def test_who_has_left_is_not_registered_and_who_has_died_is(bench: Bench) -> None:
+    for name in ("leaves", "dies", "restarts"):
+        await bench.join(name)
+    workers = {
+        state.info.worker_id: WorkerRef(state.info.worker_id, state.info.epoch, "", "")
+        for state in await bench.registry.states()
+    }
+    await bench.registry.deregister("leaves", bench.epochs["leaves"])
+    await bench.join("restarts")
+    assert {name: await bench.router.registered(worker) for name, worker in workers.items()} == {
+        "leaves": False,
+        "dies": True,
+        "restarts": False,  # that life is over
+    }
 
 
 async def test_the_shortest_queue_is_joined(bench: Bench) -> None:
