@@ -93,11 +93,28 @@ def speculate(figure: Figure, rows: Rows) -> None:
     axes.grid(alpha=0.3)
 
 
+def verify(figure: Figure, rows: Rows) -> None:
+    """Share of memory bandwidth by rows, over a whole step; one panel for each type of weights."""
+    kinds = list(dict.fromkeys(row["weights"] for row in rows))
+    for axes, kind in zip(figure.subplots(1, len(kinds), sharey=True), kinds, strict=True):
+        mine = []
+        for side, count in dict.fromkeys((row["side"], row["rows"]) for row in rows):
+            here = [row for row in rows if (row["side"], row["rows"], row["weights"]) == (side, count, kind)]
+            spent = [row["times"] * row["seconds"] for row in here]
+            share = sum(row["share"] * each for row, each in zip(here, spent, strict=True)) / sum(spent)
+            mine.append({"side": side, "rows": count, "share": share})
+        lines(axes, mine, "side", "rows", "share")
+        axes.axhline(0.85, color="grey", linewidth=0.8, linestyle="--")
+        axes.set(xlabel="rows", title=f"weights: {kind}", ylabel="share of memory bandwidth")
+        axes.set_ylim(bottom=0)
+
+
 PICTURES: dict[str, Callable[[Figure, Rows], None]] = {
     "speculate": speculate,
     "kv": kv,
     "handoff": handoff,
     "goodput": goodput,
+    "verify": verify,
     "fidelity": fidelity,
 }
 
@@ -123,6 +140,7 @@ def draw(file: Path) -> Path | None:
         return None
     links = len({row.get("link") for row in result["rows"]})
     down, across = (len({row["trace"] for row in result["rows"]}), 2) if picture is goodput else (1, links)
+    across = 2 if picture is verify else across
     across = 3 if picture is fidelity else across
     figure = Figure(figsize=(5 + 3 * (across - 1), 3.6 * down), layout="constrained")
     picture(figure, result["rows"])

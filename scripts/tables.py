@@ -39,7 +39,21 @@ def fidelity(figures: Mapping[str, float]) -> Iterator[str]:
     yield f"a step that sends its layers, {front} in front of the engines."
 
 
-TABLES: dict[str, Callable[[Mapping[str, float]], Iterator[str]]] = {"fidelity": fidelity}
+def verify(figures: Mapping[str, float]) -> Iterator[str]:
+    """Shares of bandwidth by rows, and what steps with more rows cost."""
+    counts = (1, 4, 8, 16, 32)
+    for weights in ("bfloat16", "int8"):
+        yield f"| {weights}, rows: | {' | '.join(map(str, counts))} | cost of 4, 8 and 16 rows against one |"
+        yield "|---|---|---|---|---|---|---|"
+        for side, label in {"torch": "torch", "vllm": "vLLM's own", "joinwise": "joinwise"}.items():
+            shares = (f"{figures[f'{side}_{weights}_share_{count}']:.2f}" for count in counts)
+            costs = ", ".join(f"{figures[f'{side}_{weights}_cost_{count}']:.2f}" for count in (4, 8, 16))
+            yield f"| {label} | {' | '.join(shares)} | {costs} |"
+        yield ""
+    yield f"Share of the bandwidth of a plain read, {figures['read_gb_per_s']:.1f} GB/s, over all layers of a step."
+
+
+TABLES: dict[str, Callable[[Mapping[str, float]], Iterator[str]]] = {"fidelity": fidelity, "verify": verify}
 
 
 def put(page: str, name: str, lines: list[str]) -> str:

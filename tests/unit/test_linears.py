@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
@@ -126,6 +129,19 @@ def test_figures_weigh_layers_by_the_time_that_a_step_spends_in_them() -> None:
     figures = verify.figures(rows)
     assert (figures["x_int8_share_1"], figures["x_int8_share_8"]) == (0.875, 0.35)
     assert (figures["x_int8_cost_1"], figures["x_int8_cost_8"]) == (1.0, 2.5)
+
+
+def test_the_table_of_the_documentation_has_a_line_for_each_side() -> None:
+    write = runpy.run_path(str(Path(__file__).resolve().parents[2] / "scripts" / "tables.py"))["verify"]
+    figures = {"read_gb_per_s": 20.0}
+    for place, side in enumerate(("torch", "vllm", "joinwise")):
+        for kind in ("bfloat16", "int8"):
+            figures |= {
+                f"{side}_{kind}_{what}_{rows}": place + rows / 100 for what in ("share", "cost") for rows in verify.ROWS
+            }
+    lines = list(write(figures))
+    assert lines.count("| joinwise | 2.01 | 2.04 | 2.08 | 2.16 | 2.32 | 2.04, 2.08, 2.16 |") == 2
+    assert "| torch | 0.01 | 0.04 | 0.08 | 0.16 | 0.32 | 0.04, 0.08, 0.16 |" in lines
 
 
 def test_a_side_that_computes_something_else_is_no_result() -> None:
