@@ -172,15 +172,23 @@ def kv(
     size: Annotated[list[int] | None, typer.Option(help="Megabytes moved at once; 1 to 256 by default", min=1)] = None,
     repeats: Annotated[int, typer.Option(help="Pairs of measurements for each median", min=1)] = 7,
     gpu: Annotated[bool, typer.Option("--gpu", help="Memory of a GPU at either end, and its kernels, instead")] = False,
+    tls: Annotated[
+        Path | None,
+        typer.Option(help="Instead: with TLS against without; a folder with tls.crt, tls.key and ca.crt, for joinwise"),
+    ] = None,
     json: Json = None,
 ) -> None:
     """The KV transports against blocking TCP and NIXL; packing and codecs against memcpy."""
     from joinwise.actors.bench import kv as bench_kv
-    from joinwise.actors.bench import kv_device, report
+    from joinwise.actors.bench import kv_device, kv_tls, report
 
     with _progress() as say:
-        measure = kv_device.run if gpu else bench_kv.run
-        figures, rows = measure(size or bench_kv.SIZES_MB, repeats, say)
+        if tls is not None:
+            found, rows = kv_tls.run(tls, size or kv_tls.SIZES_MB, repeats, say)
+            figures: dict[str, float | None] = {**found}
+        else:
+            measure = kv_device.run if gpu else bench_kv.run
+            figures, rows = measure(size or bench_kv.SIZES_MB, repeats, say)
     table = Table("figure", "value", "at least", title="joinwise bench kv")
     for name, value in figures.items():
         target = bench_kv.TARGETS.get(name)
@@ -207,23 +215,6 @@ def simulate(
     if json is not None:
         sides = "one process and one embedded Redis a run; both share the cores"
         report.write(json, "simulate", figures, rows, report.machine(sides=sides))
-
-
-@bench.command()
-def verify(
-    repeats: Annotated[int, typer.Option(help="Turns of all sides for each median", min=1)] = 7,
-    json: Json = None,
-) -> None:
-    """Linear layers of 1 to 32 rows on all cores: share of memory bandwidth of torch, vLLM's own and ours."""
-    from joinwise.actors.bench import report
-    from joinwise.actors.bench.verify import run
-
-    with _progress() as say:
-        figures, rows = run(repeats, say)
-    _show_figures("verify", figures)
-    if json is not None:
-        how = "layers of Qwen2.5-Coder-1.5B, activations in bfloat16, in turns with a plain read of as much memory"
-        report.write(json, "verify", figures, rows, report.machine(sides=how, repeats=repeats))
 
 
 @bench.command()
@@ -298,3 +289,20 @@ def fidelity(
     if json is not None:
         how = "two engines on one core each; gateway, client, Redis and Ray free to run on both"
         report.write(json, "fidelity", figures, rows, report.machine(sides=how, shape=shape, rate=rate))
+
+
+@bench.command()
+def verify(
+    repeats: Annotated[int, typer.Option(help="Turns of all sides for each median", min=1)] = 7,
+    json: Json = None,
+) -> None:
+    """Linear layers of 1 to 32 rows on all cores: share of memory bandwidth of torch, vLLM's own and ours."""
+    from joinwise.actors.bench import report
+    from joinwise.actors.bench.verify import run
+
+    with _progress() as say:
+        figures, rows = run(repeats, say)
+    _show_figures("verify", figures)
+    if json is not None:
+        how = "layers of Qwen2.5-Coder-1.5B, activations in bfloat16, in turns with a plain read of as much memory"
+        report.write(json, "verify", figures, rows, report.machine(sides=how, repeats=repeats))

@@ -62,12 +62,14 @@ def run(
     with _ends(shape) as (sender, receiver), tempfile.TemporaryDirectory(prefix="joinwise-bench-") as folder:
         pair = Pair(sender, receiver, shape)
         rows = [
-            row for size, count in counts.items() for row in _against_tcp(pair, size, _ids(shape, count), repeats, say)
+            row
+            for size, count in counts.items()
+            for row in _against_tcp(pair, size, scattered(shape, count), repeats, say)
         ]
         for transport in TRANSPORTS:
             figures[f"{transport}_ratio"] = _median(rows, "transport", transport)
         found, nixl_rows = _against_nixl(
-            pair, {s: _ids(shape, c) for s, c in counts.items()}, repeats, say, Path(folder)
+            pair, {s: scattered(shape, c) for s, c in counts.items()}, repeats, say, Path(folder)
         )
     kernel_figures, kernel_rows = kv_kernels.measure(LARGE_MB * 10**6, 3 * repeats, say)
     figures = {**figures, "nixl_ratio": found, **kernel_figures}
@@ -188,7 +190,7 @@ def _median(rows: Sequence[Row], key: str, value: str) -> float:
     return statistics.median([row["ratio"] for row in of if row["in_figure"]] or [of[-1]["ratio"]])
 
 
-def _ids(shape: Shape, count: int) -> list[int]:
+def scattered(shape: Shape, count: int) -> list[int]:
     """Blocks as a cache in use gives them out: scattered."""
     return random.Random(count).sample(range(shape.num_blocks), count)  # noqa: S311 - reproducible, not secret
 

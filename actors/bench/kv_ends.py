@@ -26,6 +26,8 @@ from joinwise.actors.kv.lanes.server import LaneServer
 from joinwise.actors.kv.receiving import FetchSpec, LandingBudget
 from joinwise.actors.kv.sending import SendTable, SendTransfer
 from joinwise.actors.kv.server import KvServer
+from joinwise.actors.tls import peers
+from joinwise.cluster.config import PeerTlsConfig
 
 BASELINE_PIECE = 4 << 20
 """Bytes that one `sendall` or `recv_into` of the baseline is given."""
@@ -89,10 +91,11 @@ class End:
 
 
 class Sender(End):
-    """A prefill worker whose prompts are all computed."""
+    """A prefill worker whose prompts are all computed; with `tls` its ports speak nothing else, but the baseline's."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, tls: PeerTlsConfig | None = None) -> None:
         super().__init__(shape, seed=1)
+        certificates = peers(tls)
         self._table = SendTable(lambda: None)
         self._server = KvServer(
             self._table,
@@ -101,7 +104,12 @@ class Sender(End):
             frame_bytes=shape.frame_bytes,
             claim_timeout_s=10.0,
             max_streams=8,
-            lanes=LaneServer("127.0.0.1:0", options=self.lane_options),
+            credentials=certificates.grpc_server() if certificates is not None else None,
+            lanes=LaneServer(
+                "127.0.0.1:0",
+                options=self.lane_options,
+                tls=certificates.server_context() if certificates is not None else None,
+            ),
             lane_kinds=KINDS,
         )
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -134,16 +142,29 @@ class Sender(End):
 class Receiver(End):
     """A decode worker that fetches from one sender, by any transport."""
 
-    def __init__(self, shape: Shape, transports: Sequence[str], address: str, baseline_port: int) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        transports: Sequence[str],
+        address: str,
+        baseline_port: int,
+        tls: PeerTlsConfig | None = None,
+    ) -> None:
         super().__init__(shape, seed=2)
+        certificates = peers(tls)
         self._address = address
         self._clients = {
             transport: KvClient(
                 self.blocks,
                 LandingBudget(_LANDING_BYTES),
                 transport=transport,
-                lanes=LanePool(options=self.lane_options),
+                lanes=LanePool(
+                    options=self.lane_options,
+                    tls=certificates.client_context if certificates is not None else None,
+                    server_name=certificates.server_name if certificates is not None else "",
+                ),
                 slot_bytes=self.lane_options.slot_bytes,
+                certificates=certificates,
             )
             for transport in transports
         }

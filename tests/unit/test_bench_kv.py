@@ -6,13 +6,16 @@ import signal
 
 import psutil
 import pytest
+from helpers.certificates import Authority
 from helpers.kv_rig import eventually
 from typer.testing import CliRunner
 
-from joinwise.actors.bench import kv, kv_kernels, kv_nixl
+from joinwise.actors.bench import kv, kv_kernels, kv_nixl, kv_tls
 from joinwise.actors.bench.commands import bench
 from joinwise.actors.bench.kv_ends import Receiver, Sender, Shape
 from joinwise.actors.bench.remote import Remote
+from joinwise.cluster.config import PeerTlsConfig
+from joinwise.cluster.errors import ConfigError
 
 SHAPE = Shape(num_blocks=4, layers=3)
 
@@ -126,3 +129,22 @@ def test_an_end_sleeps_between_calls_and_its_death_is_noticed(ends):
         os.kill(sender._pid, signal.SIGKILL)
         with pytest.raises(RuntimeError, match="has died"):
             sender("addresses")
+
+
+def test_tls_is_measured_beside_none(tmp_path):
+    files = Authority().issue(tmp_path)
+    assert kv_tls.settings(tmp_path) == PeerTlsConfig(cert=str(files.cert), key=str(files.key), ca=str(files.ca))
+    figures, rows = kv_tls.run(tmp_path, [1], 2, lambda line: None, SHAPE)
+    assert set(figures) == {
+        f"tls_{transport}_{name}" for transport in ("tcp", "grpc") for name in ("ratio", "cpu_ratio")
+    }
+    assert all(value > 0 for value in figures.values())
+    assert [(row["transport"], row["bytes"]) for row in rows] == [
+        ("tcp", 4 * SHAPE.block_bytes),
+        ("grpc", 4 * SHAPE.block_bytes),
+    ]
+
+
+def test_tls_needs_its_files(tmp_path):
+    with pytest.raises(ConfigError, match="TLS files"):
+        kv_tls.run(tmp_path, [1], 1, lambda line: None, SHAPE)
