@@ -67,6 +67,7 @@ class EngineLoop:
         # An engine that speculates cannot replay.
         self._plain = PlainTakeover() if config.speculative_config is not None else None
         self._owners: dict[int, set[str]] = defaultdict(set)
+        self._rests = True
         self.last_step_at = time.monotonic()
         self.decode_step_s = 0.0
         self.prefill_tokens_per_s = 0.0
@@ -151,8 +152,8 @@ class EngineLoop:
         return self.between_steps(look)
 
     def stuck_for(self) -> float:
-        """Seconds since the last step, while there is work; 0 on an idle engine."""
-        return time.monotonic() - self.last_step_at if self.core.scheduler.has_unfinished_requests() else 0.0
+        """Seconds since the last step, while there is work, be it a step or a call between two; 0 on an idle engine."""
+        return 0.0 if self._rests else time.monotonic() - self.last_step_at
 
     @property
     def held(self) -> frozenset[str]:
@@ -172,13 +173,15 @@ class EngineLoop:
 
     def _run(self) -> None:
         torch.set_num_threads(self._threads)  # OpenMP keeps this per thread
+        self.last_step_at, self._rests = time.monotonic(), False
         try:
             while not self._stopping:
                 self._wake.clear()
                 self._do_work()
                 if not self.core.scheduler.has_requests():
+                    self._rests = True
                     self._wake.wait()
-                    self.last_step_at = time.monotonic()  # it was idle, not stuck
+                    self.last_step_at, self._rests = time.monotonic(), False
                 elif not self._step():
                     self._wake.wait(_IDLE_WAIT_S)
         except BaseException as error:

@@ -67,14 +67,41 @@ def test_cpu_generators_still_have_no_offset() -> None:
         torch.Generator().get_offset()
 
 
-def test_an_engine_that_rested_is_not_stuck() -> None:
+def resting_loop() -> tuple[EngineLoop, SimpleNamespace]:
+    """A loop that has rested for long, and its scheduler."""
     loop = EngineLoop.__new__(EngineLoop)
     scheduler = SimpleNamespace(busy=False, has_requests=lambda: scheduler.busy)
-    scheduler.has_unfinished_requests = scheduler.has_requests
     loop.core = SimpleNamespace(scheduler=scheduler)  # type: ignore[assignment]
     loop._threads, loop._stopping = torch.get_num_threads(), False
-    loop._work, loop._wake = queue.SimpleQueue(), threading.Event()
+    loop._work, loop._wake, loop._rests = queue.SimpleQueue(), threading.Event(), True
     loop.last_step_at = time.monotonic() - 1000
+    return loop, scheduler
+
+
+def test_an_engine_that_hangs_between_two_steps_is_stuck() -> None:
+    loop, _ = resting_loop()
+    thread = threading.Thread(target=loop._run, daemon=True)
+    thread.start()
+    hangs, go_on = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        hangs.set()
+        go_on.wait(10)
+        loop._stopping = True
+        loop._wake.set()  # as `stop` does
+
+    loop._submit(hang)
+    assert hangs.wait(5)
+    first = loop.stuck_for()
+    time.sleep(0.02)
+    assert 0 <= first < loop.stuck_for() < 5
+    go_on.set()
+    thread.join(5)
+    assert not thread.is_alive()
+
+
+def test_an_engine_that_rested_is_not_stuck() -> None:
+    loop, scheduler = resting_loop()
     stepping = threading.Event()
 
     def step() -> bool:
