@@ -109,11 +109,14 @@ def _kind(pool: str, workers: Sequence[WorkerState], ledgers: Sequence[RequestLe
     ids = {each.info.worker_id for each in workers}
     load = max((each.load for each in workers), key=lambda load: load.prefill_tokens_per_s)
     prompts = _prompt_points(ledger for ledger in ledgers if (ledger.prefill_worker or ledger.decode_worker) in ids)
-    if not prompts:
-        if not load.prefill_tokens_per_s:
-            raise ConfigError(f"nothing is known of how fast the pool {pool!r} computes prompts; give it a --profile")
+    if not prompts and load.prefill_tokens_per_s:
         prompts = {tokens: tokens / load.prefill_tokens_per_s for tokens in (_TYPICAL // 16, _TYPICAL)}
         guessed.append(f"{pool}: prompts at the {load.prefill_tokens_per_s:.0f} tokens a second that it last measured")
+    elif not prompts:
+        prompts = _prompt_points(ledgers)
+        guessed.append(f"{pool}: prompts as quick as elsewhere in the cluster; it has computed none")
+    if not prompts:
+        raise ConfigError(f"nothing is known of how fast the pool {pool!r} computes prompts; give it a --profile")
     steps = _step_points([ledger for ledger in ledgers if ledger.decode_worker in ids])
     if not steps:
         known = load.decode_step_ms or max((each.load.decode_step_ms for each in workers), default=0.0)

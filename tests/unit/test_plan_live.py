@@ -6,6 +6,7 @@ import json
 import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,52 @@ def lines(ledgers: Sequence[RequestLedger]) -> list[str]:
     return [each.to_json() for each in ledgers]
 
 
+# Of 40 requests of a real cluster, one prefill and one decode engine with SmolLM2 in float32 on a core each: when they
+# came, prompt and answer tokens, and their ledgers' ttft_s, prefill_s, token_gap_median_s and total_s.
+RECORDED = (
+    (0.0, 89, 12, 0.997, 0.543, 0.1405, 3.008),
+    (1.74, 123, 20, 0.728, 0.718, 0.1068, 3.265),
+    (3.34, 78, 84, 0.595, 0.574, 0.1247, 11.621),
+    (6.23, 73, 21, 0.562, 0.553, 0.1513, 3.817),
+    (7.2, 110, 16, 0.641, 0.63, 0.1613, 3.622),
+    (7.58, 56, 21, 0.635, 0.363, 0.1524, 4.22),
+    (8.22, 33, 26, 0.355, 0.329, 0.1493, 4.639),
+    (8.22, 67, 30, 0.767, 0.411, 0.152, 5.656),
+    (8.93, 62, 23, 0.494, 0.431, 0.1524, 4.138),
+    (11.2, 29, 15, 0.301, 0.289, 0.1584, 2.799),
+    (11.48, 210, 19, 1.175, 1.146, 0.1231, 3.89),
+    (11.86, 40, 46, 1.132, 0.341, 0.1187, 6.906),
+    (13.17, 114, 16, 0.568, 0.559, 0.1153, 2.494),
+    (15.39, 50, 13, 0.303, 0.297, 0.1101, 1.865),
+    (16.49, 151, 9, 0.904, 0.893, 0.143, 2.396),
+    (17.37, 56, 18, 0.548, 0.413, 0.112, 2.928),
+    (17.72, 77, 11, 0.791, 0.602, 0.1069, 2.245),
+    (17.97, 26, 15, 0.781, 0.235, 0.1069, 2.506),
+    (19.36, 41, 32, 0.324, 0.316, 0.1134, 4.228),
+    (20.24, 73, 10, 0.5, 0.492, 0.1056, 1.802),
+    (20.87, 55, 20, 0.448, 0.43, 0.1191, 3.016),
+    (20.93, 39, 4, 0.706, 0.321, 0.1195, 1.354),
+    (22.05, 48, 25, 0.37, 0.363, 0.113, 3.396),
+    (22.92, 178, 18, 0.981, 0.974, 0.1106, 3.197),
+    (23.91, 85, 14, 0.656, 0.639, 0.1058, 2.365),
+    (24.79, 136, 16, 0.717, 0.708, 0.0842, 2.306),
+    (25.56, 58, 42, 0.417, 0.411, 0.072, 3.735),
+    (29.5, 183, 21, 0.835, 0.825, 0.0851, 2.624),
+    (31.64, 135, 10, 0.668, 0.66, 0.0904, 1.606),
+    (33.71, 30, 18, 0.24, 0.233, 0.0806, 1.732),
+    (34.41, 200, 30, 0.977, 0.966, 0.0924, 3.863),
+    (35.46, 80, 39, 0.493, 0.485, 0.0972, 4.398),
+    (36.3, 45, 31, 0.346, 0.332, 0.0982, 3.645),
+    (37.26, 35, 11, 0.234, 0.229, 0.1037, 1.541),
+    (38.04, 98, 22, 0.588, 0.582, 0.0926, 2.806),
+    (38.7, 23, 11, 0.223, 0.215, 0.0927, 1.398),
+    (40.27, 88, 7, 0.448, 0.44, 0.1301, 1.468),
+    (40.64, 104, 9, 0.603, 0.521, 0.0867, 1.717),
+    (40.75, 71, 20, 0.89, 0.399, 0.0782, 2.729),
+    (42.52, 64, 27, 0.464, 0.454, 0.1017, 3.555),
+)
+
+
 # --- what is seen -----------------------------------------------------------------------------------------------------
 
 
@@ -118,10 +165,40 @@ def test_the_machines_times_come_out_of_the_ledgers() -> None:
     ]
 
 
+def test_a_recorded_hour_gives_the_times_that_a_profile_measured() -> None:
+    told = [
+        RequestLedger(
+            request_id=f"r{number}",
+            model="m",
+            arrived=NOW + at,
+            prefill_worker="p-0",
+            decode_worker="d-0",
+            prefill_s=prefill_s,
+            ttft_s=ttft_s,
+            token_gap_median_s=gap_s,
+            prompt_tokens=prompt,
+            output_tokens=output,
+            total_s=total_s,
+        )
+        for number, (at, prompt, output, ttft_s, prefill_s, gap_s, total_s) in enumerate(RECORDED)
+    ]
+    found = seen([worker("p-0", "prefill"), worker("d-0", "decode")], read(lines(told)))
+    # `joinwise profile` of the same engines, a minute before: prompts of 64 and 128 tokens; steps of 1 and 4 sequences,
+    # means of both cores. A prompt's time holds here what sending its layers costs, up to a tenth of a second.
+    for tokens, seconds in ((64, 0.347), (128, 0.594)):
+        assert seconds <= found.profile.kind("prefill").prefill(tokens) <= seconds + 0.1
+    for batch, seconds in ((1, 0.0985), (4, 0.1075)):
+        assert found.profile.kind("decode").batch(batch) == pytest.approx(seconds, rel=0.3)
+
+
 def test_what_nobody_measured_is_told_or_asked_for() -> None:
     told = ledgers_of(poisson(1.5, 20, 1, prompt=300, output=40), "prefill=1xa,decode=1xa")
-    with pytest.raises(ConfigError, match=r"'decode' computes prompts; give it a --profile"):
-        seen([worker("p-0", "prefill"), worker("d-0", "decode")], told)
+    alike = seen([worker("p-0", "prefill"), worker("d-0", "decode")], told)
+    assert alike.profile.kind("decode").prefill(300) == alike.profile.kind("prefill").prefill(300)
+    assert "decode: prompts as quick as elsewhere in the cluster; it has computed none" in alike.guessed
+    cached = [replace(each, cached_tokens=each.prompt_tokens) for each in told]
+    with pytest.raises(ConfigError, match=r"computes prompts; give it a --profile"):
+        seen([worker("p-0", "prefill"), worker("d-0", "decode")], cached)
     found = seen(
         [worker("p-0", "prefill"), worker("d-0", "decode")],
         told,
