@@ -197,7 +197,7 @@ def kv(
     Console().print(*details, table)
     if json is not None:
         ends = "two processes, one core each; medians of alternated pairs; figures of sizes from 16 MB on"
-        report.write(json, "kv", figures, rows, report.machine(ends=ends, repeats=repeats))
+        report.write(json, "kv" if tls is None else "kv-tls", figures, rows, report.machine(ends=ends, repeats=repeats))
 
 
 @bench.command()
