@@ -59,7 +59,7 @@ security-test: env ## every listener's doors: credentials, TLS, limits, secrets 
 	HF_HUB_OFFLINE=1 .venv/bin/pytest tests/unit/test_tls.py tests/unit/test_ops.py tests/unit/test_apikeys.py \
 	  tests/unit/test_identity.py tests/unit/test_guard.py tests/unit/test_logs.py tests/unit/test_store_tls.py \
 	  tests/unit/test_auth.py tests/unit/test_grpc_server.py tests/unit/test_console.py tests/unit/test_kv_frames.py \
-	  tests/unit/test_fuzz_doors.py tests/integration/test_secured.py $(ARGS)
+	  tests/unit/test_fuzz_doors.py tests/integration/test_secured.py tests/integration/test_fuzz_http.py $(ARGS)
 
 screenshots: env ## pictures of /console under load into docs/images; needs a Chromium (Debian: chromium, fonts-inter)
 	.venv/bin/python scripts/screenshots.py $(ARGS)
