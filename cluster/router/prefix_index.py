@@ -26,6 +26,7 @@ from joinwise.cluster.store.keys import Keys
 
 _BATCH = 1000
 _BLOCK_MS = 500
+_GATHER_S = 0.05  # what all workers say meanwhile is read together
 _RETRY_S = 0.5
 
 
@@ -167,7 +168,8 @@ class PrefixFollower:
         """Read events for ever; a Redis that is away is waited for."""
         while True:
             try:
-                await self.read(_BLOCK_MS)
+                if await self.read(_BLOCK_MS):
+                    await asyncio.sleep(_GATHER_S)
             except JoinwiseError:
                 await asyncio.sleep(_RETRY_S)
 

@@ -14,15 +14,16 @@ local STATE = '>ddddddddd ssssssss'
 -- to be written; `starts`: the first of a sorted set as it will be, by key (`pools.lua`).
 local book, changed, starts = {}, {}, {}
 
--- The fields after `kv` belong to one decision (`pick.lua`, `pools.lua`): named here, a table is made in its full size.
+-- The fields after `kv` belong to one decision (`pick.lua`, `pools.lua`): named here, a table is made in its full size. They
+-- are 32: with one more, Lua makes room for 64.
 local function unpacked(id, state)
   local beat, per_token, per_step, seqs, capacity, prefill, decode, gen, n, epoch, model, role, home, fingerprint, profile,
     engine, kv = struct.unpack(STATE, state)
   return { id = id, beat = beat, per_token = per_token, per_step = per_step, seqs = seqs, capacity = capacity,
     prefill = prefill, decode = decode, gen = gen, n = n, epoch = epoch, model = model, role = role, home = home,
     fingerprint = fingerprint, profile = profile, engine = engine, kv = kv, fresh = 0, wait = 0, pre = 0, harm = 0,
-    queue = 0, stall = 0, move = 0, prefill_ms = 0, decode_ms = 0, whole_ms = 0, prefill_fits = false,
-    decode_fits = false, whole_fits = false, pull = false, seen = false, listed = false }
+    queue = 0, stall = 0, move = 0, prefill_ms = 0, decode_ms = 0, whole_ms = 0, room = 0, pull = false, seen = false,
+    listed = false }
 end
 
 -- Reads those of these workers that are not in the book yet, all in one call.

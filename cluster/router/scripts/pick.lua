@@ -41,8 +41,8 @@ local function pending_on(w) return w.prefill + w.decode end
 -- Estimates for a worker, in ms: `wait` until a prompt starts there, `pre` for the part of it that is not cached, `harm`
 -- to requests that decode there while it is computed, `queue` of decoding work, `stall` for want of a batch slot or of
 -- KV blocks, `move` for bringing the KV that it lacks. A worker whose business is decoding always has a neighbour.
--- From these what each part of a request costs there (`<part>_ms`), and whether there is room (`<part>_fits`): an idle
--- worker takes any request, a busy one no more than the limit. Parts are prefill, decode, and whole.
+-- From these what each part of a request costs there (`<part>_ms`), and the `room` in tokens: an idle worker takes any
+-- request, a busy one no more than the limit. Parts are prefill, decode, and whole.
 local function cost(w, demand)
   local held, prompt, need, n, pending = demand.held[w.id], demand.prompt, demand.prompt + demand.new, w.n, pending_on(w)
   local cached = held and held[1] == w.epoch and math.max(0, math.min(held[2], prompt - 1)) or 0
@@ -57,11 +57,17 @@ local function cost(w, demand)
     if blocks > 0 and w.capacity > 0 then stall = stall + blocks / n * step end
   end
   local move, bonus = demand.handoff_ms + fresh * demand.handoff_us / 1000, demand.session == w.id and demand.slack_ms or 0
-  local room = pending == 0 and math.huge or demand.limit - pending
   w.fresh, w.wait, w.pre, w.harm, w.queue, w.stall, w.move = fresh, wait, pre, harm, queue, stall, move
   w.pull, w.prefill_ms, w.decode_ms = false, wait + pre + harm, queue + stall + move - bonus
   w.whole_ms = wait + pre + harm + queue + stall - bonus
-  w.prefill_fits, w.decode_fits, w.whole_fits = fresh <= room, need <= room, fresh + need <= room
+  w.room = pending == 0 and math.huge or demand.limit - pending
+end
+
+-- Whether a worker whose cost is known has room for a part of the request.
+local function fits_in(w, part, demand)
+  if part == 'prefill' then return w.fresh <= w.room end
+  local need = demand.prompt + demand.new
+  return (part == 'whole' and w.fresh + need or need) <= w.room
 end
 
 -- Takes a worker whose state was lost out of all sets where it may stand.

@@ -5,12 +5,13 @@
 -- The cheapest worker of a list that has room for a part of the request (`pick.lua`), and its cost; or nil. On a tie the
 -- first. `twin`: fingerprint that it must have. `than`: a worker that it must be cheaper than, and that one's cost.
 local PRICE = { prefill = 'prefill_ms', decode = 'decode_ms', whole = 'whole_ms' }
-local FITS = { prefill = 'prefill_fits', decode = 'decode_fits', whole = 'whole_fits' }
 
-local function cheapest(part, list, than, than_ms, twin)
-  local price, fits, best, least_ms = PRICE[part], FITS[part], than, than_ms or math.huge
+local function cheapest(part, demand, list, than, than_ms, twin)
+  local price, best, least_ms = PRICE[part], than, than_ms or math.huge
   for _, w in ipairs(list) do
-    if w[price] < least_ms and w[fits] and (not twin or w.fingerprint == twin) then best, least_ms = w, w[price] end
+    if w[price] < least_ms and (not twin or w.fingerprint == twin) and fits_in(w, part, demand) then
+      best, least_ms = w, w[price]
+    end
   end
   return best, least_ms
 end
@@ -18,13 +19,13 @@ end
 -- The worker for one phase. `own`, `other`: lists of the phase's pool and of the opposite one; `queued` names the
 -- milliseconds that a request would wait at a worker. Returns it, and whether it is 'spilled' or 'pulled'.
 local function choose(phase, own, mixed, other, queued, demand)
-  local best, least_ms = cheapest(phase, own)
+  local best, least_ms = cheapest(phase, demand, own)
   if best and best[queued] <= demand.spill_ms then return best, nil end
-  local spare, spare_ms = cheapest(phase, mixed, best, least_ms)
+  local spare, spare_ms = cheapest(phase, demand, mixed, best, least_ms)
   local how = spare ~= best and #own > 0 and 'spilled' or nil
   if not demand.moves or #own == 0 or (spare and spare[queued] <= demand.spill_ms) then return spare, how end
   -- Only between equal fingerprints is a change of role one write.
-  local pulled = cheapest(phase, other, spare, spare_ms, own[1].fingerprint)
+  local pulled = cheapest(phase, demand, other, spare, spare_ms, own[1].fingerprint)
   if pulled ~= spare then
     pulled.pull = true
     return pulled, 'pulled'
@@ -44,8 +45,8 @@ end
 
 -- The plan: prefill worker (nil when one does it all), decode worker, reason, cost in ms. Or nil.
 local function plan(pools, demand)
-  local whole, whole_ms = cheapest('whole', pools.mixed, cheapest('whole', pools.decode))
-  local alone, alone_ms = cheapest('whole', pools.prefill)
+  local whole, whole_ms = cheapest('whole', demand, pools.mixed, cheapest('whole', demand, pools.decode))
+  local alone, alone_ms = cheapest('whole', demand, pools.prefill)
   if demand.whole then return nil, whole or alone, 'whole', whole and whole_ms or alone_ms end
   if #pools.decode + #pools.mixed == 0 then return nil, alone, 'no_decode_worker', alone_ms end
   if #pools.prefill + #pools.mixed == 0 then return nil, whole, 'no_prefill_worker', whole_ms end
@@ -54,7 +55,7 @@ local function plan(pools, demand)
   local d, d_how = choose('decode', pools.decode, pools.mixed, pools.prefill, 'stall', demand)
   if not p or not d then return nil, whole or alone, 'whole_spilled', whole and whole_ms or alone_ms end
   if p == d or (p.role == 'mixed' and d.role == 'mixed') then -- one mixed worker does both
-    if p == d and p.whole_fits and p.whole_ms <= whole_ms then
+    if p == d and fits_in(p, 'whole', demand) and p.whole_ms <= whole_ms then
       return nil, p, 'mixed', p.whole_ms
     elseif whole then
       return nil, whole, 'mixed', whole_ms
@@ -78,7 +79,7 @@ local function shortage(pools, demand)
     for _, list in ipairs({ pools[part], pools.mixed }) do
       for _, w in ipairs(list) do
         local first = not least or (phase == part and pending_on(w) < pending_on(least))
-        if first and not w[FITS[part]] then
+        if first and not fits_in(w, part, demand) then
           phase, least, need = part, w, part == 'prefill' and w.fresh or demand.prompt + demand.new
         end
       end

@@ -43,17 +43,17 @@ local function look_at(ids, listed, demand, fit, pools)
 end
 
 -- Profiles in which no worker listed has room for all of the request; nil when there is none.
-local function crowded(found)
+local function crowded(found, demand)
   local full = nil
   for _, w in ipairs(found) do
-    if w.listed == to_come and not w.whole_fits then
+    if w.listed == to_come and not fits_in(w, 'whole', demand) then
       full = full or {}
       full[w.profile] = true
     end
   end
   if full then
     for _, w in ipairs(found) do
-      if w.listed == to_come and w.whole_fits then full[w.profile] = nil end
+      if w.listed == to_come and fits_in(w, 'whole', demand) then full[w.profile] = nil end
     end
   end
   return full
@@ -77,7 +77,7 @@ local function short_list(demand, fit)
   repeat
     local ids = {}
     for role, found in pairs(pools) do
-      for profile in pairs(crowded(found) or {}) do
+      for profile in pairs(crowded(found, demand) or {}) do
         write_workers()
         local key = set_key('room', role, profile, demand.model)
         for _, id in ipairs(redis.call('ZRANGE', key, 0, demand.spared)) do ids[#ids + 1] = id end
