@@ -4,6 +4,7 @@ The same engine with a model that is never run (`stub_executor`) stands behind j
 vLLM's own server (its client of several processes, over ZMQ) and, two of those servers, behind the routers
 `vllm-router` and `smg` where they are installed. The systems take turns. CPU is counted for the processes between
 client and engine: a gateway, a server without its engine, a router (its servers apart); Redis is reported by itself.
+What each uses while nobody asks (`idle ms/s`) is measured first, and taken off: it is no request's.
 """
 
 import asyncio
@@ -40,6 +41,7 @@ _ENGINE = {
 }
 _MAX_MODEL_LEN = 1024
 _WORDS = 60
+_IDLE_S = 10.0
 _TOKENS = 64
 
 Say = Callable[[str], None]
@@ -52,11 +54,13 @@ class System:
     Attributes:
         url: of its front.
         processes: those whose CPU counts, by what they are.
+        idle: seconds of CPU that each uses in a second without requests.
     """
 
     name: str
     url: str
     processes: dict[str, psutil.Process]
+    idle: dict[str, float] = field(default_factory=dict)
     rounds: list[dict[str, float]] = field(default_factory=list)
 
     def cpu(self) -> dict[str, float]:
@@ -118,6 +122,11 @@ def _router(name: str, servers: Sequence[str], log: Path) -> AbstractContextMana
 
 
 async def _measure(systems: Sequence[System], requests: int, at_once: int, rounds: int, say: Say) -> None:
+    say(f"nobody asks for {_IDLE_S:g} s")
+    before = [system.cpu() for system in systems]
+    await asyncio.sleep(_IDLE_S)
+    for system, then in zip(systems, before, strict=True):
+        system.idle = {name: (after - then[name]) / _IDLE_S for name, after in system.cpu().items()}
     for number in range(-1, rounds):  # the first round warms up
         for system in systems if number % 2 else reversed(systems):
             async with httpx.AsyncClient(base_url=system.url, timeout=120) as client:
@@ -129,7 +138,7 @@ async def _measure(systems: Sequence[System], requests: int, at_once: int, round
 
 
 async def _load(system: System, client: httpx.AsyncClient, requests: int, at_once: int, tokens: int) -> dict[str, Any]:
-    """Stream that many answers; CPU seconds of each process, and each answer's seconds to its first token."""
+    """Stream that many answers; CPU seconds of each process for them, and each answer's seconds to its first token."""
     limit = asyncio.Semaphore(at_once)
     firsts: list[float] = []
 
@@ -137,9 +146,10 @@ async def _load(system: System, client: httpx.AsyncClient, requests: int, at_onc
         async with limit:
             firsts.append(await _stream(client, number, tokens))
 
-    before = system.cpu()
+    before, begin = system.cpu(), time.perf_counter()
     await asyncio.gather(*(one(number) for number in range(requests)))
-    return {"cpu": {name: after - before[name] for name, after in system.cpu().items()}, "ttft": firsts}
+    used, seconds = system.cpu(), time.perf_counter() - begin
+    return {"cpu": {name: used[name] - before[name] - system.idle[name] * seconds for name in used}, "ttft": firsts}
 
 
 async def _stream(client: httpx.AsyncClient, number: int, tokens: int) -> float:
@@ -171,7 +181,8 @@ def _round(long: dict[str, Any], short: dict[str, Any], requests: int) -> dict[s
 def _row(system: System) -> dict[str, Any]:
     names = system.rounds[0]
     medians = {name: round(statistics.median(each[name] for each in system.rounds), 1) for name in names}
-    return {"system": system.name, **medians}
+    idle = {f"{name} idle ms/s": round(1000 * each, 1) for name, each in system.idle.items()}
+    return {"system": system.name, **medians, **idle}
 
 
 def _figures(systems: Sequence[System], rows: Sequence[dict[str, Any]]) -> dict[str, float]:
