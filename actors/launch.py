@@ -18,10 +18,11 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from redis.asyncio import Redis
 
 from joinwise.actors import logs, ray_api, runfile
 from joinwise.actors.controller import Controller, Post
@@ -29,17 +30,15 @@ from joinwise.actors.draft.vocabulary import check_vocabularies
 from joinwise.actors.models import resolve_model
 from joinwise.actors.runfile import RunFile
 from joinwise.actors.spec import WorkerSpec
+from joinwise.cluster.autoscale import Autoscaler
 from joinwise.cluster.changes import gateway_build, refusals, worker_build
 from joinwise.cluster.config import JoinwiseConfig, load_config
 from joinwise.cluster.errors import ConfigError, JoinwiseError, StoreUnavailableError
 from joinwise.cluster.reconcile import Wanted
+from joinwise.cluster.router.pulse import take_pulse
 from joinwise.cluster.router.registry import Registry, adapter_id
 from joinwise.cluster.store.client import connect, store_errors
 from joinwise.cluster.store.embedded import EmbeddedRedis
-
-if TYPE_CHECKING:
-    from joinwise.actors.draft.worker import DraftWorker
-    from joinwise.actors.engine import EngineWorker
 
 logger = logging.getLogger(__name__)
 
@@ -52,63 +51,10 @@ _TROUBLES_S = 60
 Say = Callable[[str], None]
 
 
-def engine_actor(config: JoinwiseConfig, spec: WorkerSpec, redis_url: str) -> "EngineWorker":
-    """What an engine actor hosts; it listens where its own node is reached."""
-    from joinwise.actors.engine import EngineWorker
-
-    return EngineWorker(config, replace(spec, host=spec.host or ray_api.node_address()), redis_url)
-
-
-def draft_actor(config: JoinwiseConfig, spec: WorkerSpec, redis_url: str) -> "DraftWorker":
-    """What a draft actor hosts; it listens where its own node is reached."""
-    from joinwise.actors.draft.worker import DraftWorker
-
-    return DraftWorker(config, replace(spec, host=spec.host or ray_api.node_address()), redis_url)
-
-
-def gateway_actor(config: JoinwiseConfig, redis_url: str) -> "GatewayHost":
-    """What a gateway actor hosts."""
-    return GatewayHost(config, redis_url)
-
-
-class GatewayHost:
-    """A gateway as an actor: `start`, `stop`, `failure`."""
-
-    def __init__(self, config: JoinwiseConfig, redis_url: str) -> None:
-        from joinwise.actors.gateway.gateway import Gateway
-
-        self._gateway = Gateway(config, redis_url)
-
-    async def start(self) -> dict[str, str]:
-        """Open the listeners; returns their addresses, as clients reach them."""
-        addresses = await self._gateway.start()
-        return {name: reachable(address) for name, address in asdict(addresses).items()}
-
-    async def stop(self) -> None:
-        """See `Gateway.stop`."""
-        await self._gateway.stop()
-
-    async def running(self) -> list[str]:
-        """Requests that have not ended."""
-        return self._gateway.running()
-
-    def failure(self) -> str:
-        """A gateway that answers is well."""
-        return ""
-
-
 def _absolute(path: str) -> str:
     """A folder here by its full path, for processes that run elsewhere; a hub id as it is."""
     folder = Path(path).expanduser()
     return str(folder.absolute()) if folder.exists() else path
-
-
-def reachable(address: str) -> str:
-    """An address with the node's own in place of "all interfaces"."""
-    for anywhere in ("0.0.0.0:", "[::]:", ":::"):
-        if anywhere in address:
-            return address.replace(anywhere, f"{ray_api.node_address()}:", 1)
-    return address
 
 
 class Cluster:
@@ -128,7 +74,9 @@ class Cluster:
         self._with_gateway = with_gateway
         self._told: list[str] = []
         self._redis: EmbeddedRedis | None = None
+        self._store: Redis | None = None
         self._controller: Controller | None = None
+        self._scaler = Autoscaler(config.pools)
         self._ray: ray_api.Connection | None = None
 
     def start_redis(self) -> str:
@@ -205,6 +153,7 @@ class Cluster:
             assert self._controller is not None, "it has started"
             await self._controller.look()
             await self._tell()
+            await self._scale()
 
     async def apply(self, config: JoinwiseConfig) -> None:
         """Become another configuration: only what it touches is replaced, one by one, and drained first.
@@ -220,6 +169,7 @@ class Cluster:
         try:
             await asyncio.get_running_loop().run_in_executor(None, self._fetch_models)
             await self._record_adapters()
+            self._scaler.configure(config.pools)
             self._controller.want(self._posts(config))
             while not await self._controller.look():
                 if refused := self._controller.refused[tried:]:
@@ -227,6 +177,7 @@ class Cluster:
                 await asyncio.sleep(_CHANGE_EVERY_S)
         except BaseException:
             self.config = before
+            self._scaler.configure(before.pools)
             self._controller.want(self._posts(before))
             raise
 
@@ -238,19 +189,30 @@ class Cluster:
         if self._ray is not None:
             await asyncio.to_thread(self._ray.close)
             self._ray = None
+        if self._store is not None:
+            await self._store.aclose()
+            self._store = None
         if self._redis is not None:
             await asyncio.to_thread(self._redis.stop)
             self._redis = None
 
     # Inside.
 
-    async def _reach_redis(self) -> None:
-        client = connect(self.redis_url, self.config.redis)
-        try:
-            with store_errors("the cluster starts"):
-                await client.ping()
-        finally:
-            await client.aclose()
+    async def _reach_redis(self) -> Redis:
+        """The launcher's own client, which has been answered."""
+        if self._store is None:
+            store = connect(self.redis_url, self.config.redis)
+            try:
+                with store_errors("the cluster starts"):
+                    await store.ping()
+            except BaseException:
+                await store.aclose()
+                raise
+            self._store = store
+        return self._store
+
+    async def _registry(self) -> Registry:
+        return Registry(await self._reach_redis(), self.config.cluster, self.config.router)
 
     def _fetch_models(self) -> None:
         """Convert or download once, visibly, before several processes want it: where the gateway will run."""
@@ -264,14 +226,10 @@ class Cluster:
         adapters = [(model, adapter) for model in self.config.models for adapter in model.adapters]
         if not adapters:
             return
-        client = connect(self.redis_url, self.config.redis)
-        try:
-            registry = Registry(client, self.config.cluster, self.config.router)
-            for model, adapter in adapters:
-                path = _absolute(adapter.path)
-                await registry.add_adapter(model.public_name, adapter.name, path, adapter_id(adapter.name))
-        finally:
-            await client.aclose()
+        registry = await self._registry()
+        for model, adapter in adapters:
+            path = _absolute(adapter.path)
+            await registry.add_adapter(model.public_name, adapter.name, path, adapter_id(adapter.name))
 
     def _demand(self) -> dict[str, float]:
         """What all pools ask Ray for."""
@@ -294,7 +252,7 @@ class Cluster:
             # Elsewhere a node may have no room for two, and a fixed port has none.
             build, surge = worker_build(config, pool), local and not pool.ops_port
             what = "draft actor" if pool.role == "draft" else "engine"
-            for index in range(pool.replicas):
+            for index in range(self._scaler.workers.get(pool.name, pool.replicas)):
                 source = own if own is not None else machine if local else None
                 cores = tuple(itertools.islice(source, pool.compute_threads)) if source is not None else ()
                 slot = f"{pool.name}-{index}"
@@ -310,7 +268,7 @@ class Cluster:
         pool = next(pool for pool in config.pools if pool.name == spec.pool)
         spec = replace(spec, worker_id=f"{spec.worker_id}-{generation}")
         return ray_api.Actor(
-            f"joinwise.actors.launch:{'draft' if pool.role == 'draft' else 'engine'}_actor",
+            f"joinwise.actors.hosts:{'draft' if pool.role == 'draft' else 'engine'}_actor",
             config,
             spec,
             self.redis_url,
@@ -331,7 +289,7 @@ class Cluster:
             http, grpc = (int(self.addresses[name].rpartition(":")[2]) for name in ("http", "grpc"))
             gateway = gateway.model_copy(update={"http_port": http, "grpc_port": grpc})
         return ray_api.Actor(
-            "joinwise.actors.launch:gateway_actor",
+            "joinwise.actors.hosts:gateway_actor",
             config.model_copy(update={"gateway": gateway}),
             self.redis_url,
             name=f"gateway-0-{generation}",
@@ -346,14 +304,26 @@ class Cluster:
         assert self._controller is not None
         if (verdicts := self._controller.verdicts()) == self._told and not verdicts:
             return
-        client = connect(self.redis_url, self.config.redis)
         try:
-            await Registry(client, self.config.cluster, self.config.router).set_troubles(verdicts, _TROUBLES_S)
+            await (await self._registry()).set_troubles(verdicts, _TROUBLES_S)
             self._told = verdicts
         except StoreUnavailableError:
             logger.warning("nobody can be told: %s", "; ".join(verdicts))
-        finally:
-            await client.aclose()
+
+    async def _scale(self) -> None:
+        """Let pools with `autoscale` follow their work; while Redis is away they stay as they are."""
+        assert self._controller is not None
+        if not self._scaler:
+            return
+        try:
+            pulse = await take_pulse(await self._reach_redis(), self.config.cluster)
+        except StoreUnavailableError as error:
+            logger.warning("no pool grows or shrinks now: %s", error)
+            return
+        before = self._scaler.workers
+        for name, why in self._scaler.look(pulse.workers, pulse.waiting, time.monotonic()).items():
+            self._say(f"pool {name}: {before[name]} -> {self._scaler.workers[name]} workers, for {why}")
+            self._controller.want(self._posts(self.config))
 
 
 def _refuse_taken(host: str, port: int, name: str) -> None:

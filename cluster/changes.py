@@ -11,7 +11,7 @@ from joinwise.cluster.config_model import JoinwiseConfig, ModelConfig, PoolConfi
 # What workers of one model must have alike while any of them lives, since any two may share a request.
 _ALIKE = {"model": True, "revision": True, "tokenizer": True, "dtype": True}
 # What only the launcher looks at.
-_PLACING = {"replicas", "resources", "threads", "cores"}
+_PLACING = {"replicas", "autoscale", "resources", "threads", "cores"}
 
 
 def worker_build(config: JoinwiseConfig, pool: PoolConfig) -> str:
@@ -19,7 +19,7 @@ def worker_build(config: JoinwiseConfig, pool: PoolConfig) -> str:
     model = config.model_named(pool.model)
     return _digest(
         cluster=config.cluster,
-        pool=pool.model_dump(exclude={"replicas"}),
+        pool=pool.model_dump(exclude={"replicas", "autoscale"}),
         # Adapters are loaded by running workers, and names of parsers and templates are the gateway's.
         model=model.model_dump(include={"name", "served_name", "max_model_len", *_ALIKE}),
         lora=bool(model.adapters),

@@ -40,8 +40,22 @@ def _pools(config: JoinwiseConfig) -> Iterator[str]:
             yield f"pools[{index}] '{pool.name}' names the unknown model '{pool.model}'; known: {', '.join(known)}"
         if pool.device == "cpu" and pool.resources.num_gpus > 0:
             yield f"pools[{index}] '{pool.name}' runs on the CPU but reserves {pool.resources.num_gpus:g} GPUs"
+        yield from _autoscale(index, pool)
         yield from _cores(index, pool)
         yield from _speculation(config, index, pool)
+
+
+def _autoscale(index: int, pool: PoolConfig) -> Iterator[str]:
+    bounds = pool.autoscale
+    if bounds is None:
+        return
+    if not bounds.least <= pool.replicas <= bounds.most:
+        yield (
+            f"pools[{index}] '{pool.name}' begins with {pool.replicas} replicas, "
+            f"but autoscale keeps {bounds.least} to {bounds.most}"
+        )
+    if pool.role == "draft":
+        yield f"pools[{index}] '{pool.name}' drafts: nothing is pending on draft actors, so leave out `autoscale`"
 
 
 def _speculation(config: JoinwiseConfig, index: int, pool: PoolConfig) -> Iterator[str]:

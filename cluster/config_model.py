@@ -148,6 +148,27 @@ class SpeculationConfig(Section):
     """Milliseconds that a step waits for proposals at most; without an answer it is an ordinary step."""
 
 
+class AutoscaleConfig(Section):
+    """How many workers a pool keeps, by the work that is pending on them."""
+
+    least: int = Field(ge=1, le=10_000)
+    """Workers that it never goes below."""
+    most: int = Field(ge=1, le=10_000)
+    """Workers that it never goes above."""
+    target_s: Seconds = 5.0
+    """Seconds of work that there should be for a worker at most."""
+    up_s: Seconds = 10.0
+    """Seconds for which there must have been more before workers are added."""
+    down_s: Seconds = 300.0
+    """Seconds for which fewer workers must have been enough before some are let go, drained."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> AutoscaleConfig:
+        if self.least > self.most:
+            raise ValueError(f"least ({self.least}) is more than most ({self.most})")
+        return self
+
+
 class PoolConfig(Section):
     """Workers that are alike: one model, one role, one set of engine arguments."""
 
@@ -158,7 +179,9 @@ class PoolConfig(Section):
     role: PoolRole
     """What its workers start as: prefill, decode, mixed for both, or draft to propose tokens for engines of `model`."""
     replicas: int = Field(default=1, ge=0, le=10_000)
-    """Workers to keep running."""
+    """Workers to keep running; with `autoscale`, to begin with."""
+    autoscale: AutoscaleConfig | None = None
+    """Add and let go workers as there is more and less to do; None keeps `replicas`."""
     device: Device = "auto"
     """`auto` takes the GPU where there is one."""
     resources: Resources = Field(default_factory=Resources)

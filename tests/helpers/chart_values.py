@@ -16,6 +16,7 @@ PERSISTENT = {"redis": {"bundled": {"persistence": {"enabled": True, "size": "3G
 API_KEYS = {"gateway": {"apiKeysSecret": {"name": "tokens", "key": "keys"}}}
 KEYS = {"gateway": {"keysSecret": {"name": "hashed", "key": "keys.yaml", "testKey": "probe"}}}
 SCALED = {"gateway": {"autoscaling": {"enabled": True, "minReplicas": 2, "maxReplicas": 5, "targetRequests": 8}}}
+POOL_SCALED = first_pool(autoscale={"least": 1, "most": 6})
 INGRESS = {
     "gateway": {
         "ingress": {
@@ -110,6 +111,7 @@ VARIANTS = {
     "GPU pools": gpu_pools(),
     "settings": SETTINGS,
     "autoscaled gateways": SCALED,
+    "autoscaled pool": POOL_SCALED,
     "Ingress": INGRESS,
     "Gateway API": ROUTE,
     "TLS": TLS,

@@ -12,14 +12,14 @@ from helpers.plain_vllm import PlainServer
 from joinwise.actors.chaos.load import questions
 from joinwise.actors.chaos.run import MUST_BE_ZERO, Settings, answers, break_one
 
-pytestmark = [pytest.mark.cluster, pytest.mark.model, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.model, pytest.mark.timeout(600)]
 
 
 def test_a_short_schedule(baseline: PlainServer, tmp_path: Path) -> None:
     asked = questions(12)
     expected = asyncio.run(answers(baseline.http, MODEL, asked))
-    settings = Settings(requests=30, kinds=("kill-decode", "kill-gateway", "lose-redis"))
+    settings = Settings(requests=20, kinds=("kill-decode", "lose-redis"))
     figures, rows = break_one(settings, asked, expected, tmp_path, print)
     assert {name: figures[name] for name in MUST_BE_ZERO} == dict.fromkeys(MUST_BE_ZERO, 0), rows
-    assert figures["faults"] == 3
-    assert figures["right"] == figures["requests"] >= 30
+    assert figures["faults"] == 2
+    assert figures["right"] == figures["requests"] >= 20

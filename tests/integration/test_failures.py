@@ -13,7 +13,7 @@ import signal
 import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -365,33 +365,41 @@ async def test_no_worker_is_503_at_once(bench: Bench) -> None:
 # Another configuration.
 
 
+async def apply(
+    bench: Bench, folder: Path, change: Callable[[dict[str, Any]], None]
+) -> subprocess.CompletedProcess[str]:
+    """`joinwise apply` with something changed in the cluster's first configuration."""
+    config = copy.deepcopy(bench.cluster.config)
+    change(config)
+    file = folder / "new.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return await asyncio.to_thread(Home(Path(os.environ["JOINWISE_HOME"])).joinwise, "apply", "-f", str(file))
+
+
+def fewer_sequences(config: dict[str, Any]) -> None:
+    """A change of the prefill pool alone."""
+    config["pools"][0]["engine"].update(max_num_seqs=4)
+
+
 async def test_apply_renews_what_it_touches_and_nobody_notices(bench: Bench, tmp_path: Path) -> None:
     """A refused one changes nothing; one of prefill's replaces its worker alone, while streams and requests go on."""
-    home = Home(Path(os.environ["JOINWISE_HOME"]))
     old = {info.worker_id for info in await bench.workers(count=3)}
     (prefill,) = (info.worker_id for info in await bench.of_role("prefill"))
     story, short = (await bench.ask(_STORY, 400)).tokens, (await bench.ask(_STORY, 8)).tokens
-
-    async def apply(change: Callable[[dict[str, Any]], None]) -> subprocess.CompletedProcess[str]:
-        config = copy.deepcopy(bench.cluster.config)
-        change(config)
-        file = tmp_path / "new.yaml"
-        file.write_text(yaml.safe_dump(config))
-        return await asyncio.to_thread(home.joinwise, "apply", "-f", str(file))
 
     for change, said in (
         (lambda config: config["pools"][0].update(roll="mixed"), "roll"),
         (lambda config: config["models"][0].update(dtype="bfloat16"), "dtype stay while they run"),
         (lambda config: config["pools"][0]["engine"].update(block_sise=32), "block_sise"),
     ):
-        refused = await apply(change)
+        refused = await apply(bench, tmp_path, change)
         assert refused.returncode == 1 and said in refused.stderr and "Traceback" not in refused.stderr, refused.stderr
     assert {info.worker_id for info in await bench.workers(count=3)} == old
 
     async def read() -> list[int]:
         return [token async for token in bench.stream(_STORY, 400)]
 
-    changed = asyncio.create_task(apply(lambda config: config["pools"][0]["engine"].update(max_num_seqs=4)))
+    changed = asyncio.create_task(apply(bench, tmp_path, fewer_sequences))
     streams = 0
     while not changed.done():
         read_now = asyncio.create_task(read())
@@ -403,6 +411,38 @@ async def test_apply_renews_what_it_touches_and_nobody_notices(bench: Bench, tmp
     renewed = {info.worker_id for info in await bench.workers(count=3, without=frozenset({prefill}))}
     assert renewed & old == old - {prefill}
     assert (await bench.ask("0 " + _STORY, 8)).ledger["prefill_worker"] in renewed - old
+
+
+async def test_a_pool_lets_a_worker_go_and_takes_one_on_with_its_work(bench: Bench, tmp_path: Path) -> None:
+    """Nobody asks: one of two decode workers leaves. Many ask: another comes. All are answered as ever."""
+    expected = (await bench.ask(_STORY, 64)).tokens
+
+    def follow(config: dict[str, Any]) -> None:
+        fewer_sequences(config)  # as the test before has left it
+        (pool,) = (pool for pool in config["pools"] if pool["role"] == "decode")
+        pool["autoscale"] = {"least": 1, "most": 2, "target_s": 0.05, "up_s": 1, "down_s": 4}
+
+    changed = await apply(bench, tmp_path, follow)
+    assert changed.returncode == 0, changed.stderr
+    left = {info.worker_id for info in await bench.workers(count=2)}
+    asking = asyncio.create_task(_until_cancelled(bench, expected))
+    try:
+        come = {info.worker_id for info in await bench.workers(count=3)} - left
+    finally:
+        asking.cancel()
+    assert len(come) == 1
+    with suppress(asyncio.CancelledError):
+        await asking
+    assert (await apply(bench, tmp_path, fewer_sequences)).returncode == 0
+    assert "pool decode: 2 -> 1 workers" in bench.cluster.log.read_text()
+    await bench.workers(count=3)
+
+
+async def _until_cancelled(bench: Bench, expected: list[int]) -> None:
+    """Four streams at a time, each of which must bring what is expected."""
+    while True:
+        answers = await asyncio.gather(*(bench.ask(_STORY, len(expected)) for _ in range(4)))
+        assert all(answer.tokens == expected for answer in answers)
 
 
 # Redis.

@@ -21,6 +21,7 @@ from helpers.chart_values import (
     NO_ACCOUNT,
     PERSISTENT,
     PLACED,
+    POOL_SCALED,
     REDIS_TLS,
     ROUTE,
     SCALED,
@@ -273,6 +274,24 @@ def test_autoscaling_off() -> None:
     ray, group = rendered("RayService")["spec"]["rayClusterConfig"], rendered.groups["gateway"]
     assert "autoscaling_config" not in rendered.serve and "enableInTreeAutoscaling" not in ray
     assert group["minReplicas"] == group["maxReplicas"] == 1
+
+
+def test_pool_autoscaling_on(tmp_path: Path) -> None:
+    rendered = Rendered(POOL_SCALED)
+    ray = rendered("RayService")["spec"]["rayClusterConfig"]
+    group, other = rendered.groups["prefill"], rendered.groups["decode"]
+    assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (1, 1, 6)
+    assert other["minReplicas"] == other["maxReplicas"] == 1
+    assert ray["enableInTreeAutoscaling"] is True and rendered.serve["num_replicas"] == 1
+    assert rendered.templates["head"]["spec"]["automountServiceAccountToken"] is True
+    bounds = rendered.config(tmp_path).pools[0].autoscale
+    assert bounds is not None and (bounds.least, bounds.most) == (1, 6)
+
+
+def test_pool_autoscaling_off(tmp_path: Path) -> None:
+    rendered = Rendered()
+    assert "enableInTreeAutoscaling" not in rendered("RayService")["spec"]["rayClusterConfig"]
+    assert rendered.config(tmp_path).pools[0].autoscale is None
 
 
 def test_placement_on(tmp_path: Path) -> None:

@@ -84,3 +84,10 @@ imagePullSecrets:
 {{- end -}}
 {{- toYaml $all -}}
 {{- end -}}
+
+{{/* Not empty where gateways or a pool grow and shrink: Ray's autoscaler then adds and removes their pods. */}}
+{{- define "joinwise.scaled" -}}
+{{- $scaled := .Values.gateway.autoscaling.enabled -}}
+{{- range .Values.pools }}{{ if .autoscale }}{{ $scaled = true }}{{ end }}{{ end -}}
+{{- if $scaled }}yes{{ end -}}
+{{- end -}}

@@ -127,7 +127,7 @@ metadata:
     checksum/config: {{ include "joinwise.config" .root | sha256sum }}
 spec:
   {{- include "joinwise.pod" .root | nindent 2 }}
-  automountServiceAccountToken: {{ and (eq .component "head") $values.gateway.autoscaling.enabled }}
+  automountServiceAccountToken: {{ and (eq .component "head") (ne (include "joinwise.scaled" .root) "") }}
   {{- if ne .component "head" }}
   terminationGracePeriodSeconds: {{ add (include "joinwise.drain" .root) 60 }}
   {{- end }}
