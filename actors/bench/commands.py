@@ -110,6 +110,9 @@ def gateway(
     requests: Annotated[int, typer.Option(help="Streams through each system, each round", min=8)] = 100,
     at_once: Annotated[int, typer.Option(help="Of them", min=1)] = 4,
     rounds: Annotated[int, typer.Option(help="Rounds for the medians", min=1)] = 5,
+    tls: Annotated[
+        Path | None, typer.Option(help="Folder with tls.crt, tls.key and ca.crt for 127.0.0.1: measure TLS too")
+    ] = None,
     json: Json = None,
 ) -> None:
     """CPU and delay between a client and an engine that costs nothing: joinwise, vLLM's server, other routers."""
@@ -117,7 +120,7 @@ def gateway(
     from joinwise.actors.bench.gateway import run
 
     with _progress() as say:
-        figures, rows, missing = run(requests, at_once, rounds, say)
+        figures, rows, missing = run(requests, at_once, rounds, say, tls)
     for line in missing:
         console.print(f"not measured: {line}")
     for row in rows:

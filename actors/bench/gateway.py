@@ -5,23 +5,29 @@ vLLM's own server (its client of several processes, over ZMQ) and, two of those 
 `vllm-router` and `smg` where they are installed. The systems take turns. CPU is counted for the processes between
 client and engine: a gateway, a server without its engine, a router (its servers apart); Redis is reported by itself.
 What each uses while nobody asks (`idle ms/s`) is measured first, and taken off: it is no request's.
+
+What traces cost, and TLS at the clients' door, is measured on two more clusters of joinwise's in the same turns.
 """
 
 import asyncio
 import os
 import re
 import shutil
+import ssl
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import psutil
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 
 from joinwise.actors.bench.local import local_cluster
 from joinwise.actors.bench.plain import plain_vllm
@@ -31,6 +37,7 @@ from joinwise.actors.models import resolve_model
 from joinwise.cluster.config import JoinwiseConfig
 
 ROUTERS = ("vllm-router", "smg")
+OURS, TRACED, SECURED = "joinwise", "joinwise traced", "joinwise tls"
 _STUB = "joinwise.actors.bench.stub_executor.StubExecutor"
 _ENGINE = {
     "enforce_eager": True,
@@ -55,11 +62,13 @@ class System:
         url: of its front.
         processes: those whose CPU counts, by what they are.
         idle: seconds of CPU that each uses in a second without requests.
+        authority: file of the authority that its certificate comes from, where it speaks TLS.
     """
 
     name: str
     url: str
     processes: dict[str, psutil.Process]
+    authority: str = ""
     idle: dict[str, float] = field(default_factory=dict)
     rounds: list[dict[str, float]] = field(default_factory=list)
 
@@ -68,7 +77,9 @@ class System:
         return {name: sum(process.cpu_times()[:2]) for name, process in self.processes.items()}
 
 
-def run(requests: int, at_once: int, rounds: int, say: Say) -> tuple[dict[str, float], list[dict[str, Any]], list[str]]:
+def run(
+    requests: int, at_once: int, rounds: int, say: Say, tls: Path | None = None
+) -> tuple[dict[str, float], list[dict[str, Any]], list[str]]:
     """Run the benchmark.
 
     Args:
@@ -76,24 +87,22 @@ def run(requests: int, at_once: int, rounds: int, say: Say) -> tuple[dict[str, f
         at_once: of them.
         rounds: for the medians.
         say: is told what happens.
+        tls: folder with `tls.crt`, `tls.key` and `ca.crt` for 127.0.0.1.
 
     Returns:
         Figures, one row for each system, and what was not measured and why.
     """
-    missing = [f"{name} is not on the PATH: pip install {name}" for name in ROUTERS if shutil.which(name) is None]
+    missing = [] if tls is not None else ["TLS: --tls names a folder with tls.crt, tls.key and ca.crt for 127.0.0.1"]
+    missing += [f"{name} is not on the PATH: pip install {name}" for name in ROUTERS if shutil.which(name) is None]
     with ExitStack() as stack, tempfile.TemporaryDirectory(prefix="joinwise-bench-") as folder:
-        systems = _start(stack, Path(folder), say)
+        systems = _start(stack, Path(folder), say, tls)
         asyncio.run(_measure(systems, requests, at_once, rounds, say))
     rows = [_row(system) for system in systems]
     return _figures(systems, rows), rows, missing
 
 
-def _start(stack: ExitStack, folder: Path, say: Say) -> list[System]:
-    say("starting joinwise with a stub engine")
-    facts = stack.enter_context(local_cluster(_cluster(), folder))
-    url = facts["addresses"]["http"]
-    ports = {"gateway": _port(url), "redis": _port(facts["redis_url"])}
-    systems = [System("joinwise", url, {name: _listener(port) for name, port in ports.items()})]
+def _start(stack: ExitStack, folder: Path, say: Say, tls: Path | None) -> list[System]:
+    systems = [_joinwise(stack, folder, say, OURS)]
     model = resolve_model(MODEL, progress=say)
     cores = sorted(os.sched_getaffinity(0))
     engine = {"max_model_len": _MAX_MODEL_LEN, "no_async_scheduling": True, **_ENGINE}
@@ -110,7 +119,38 @@ def _start(stack: ExitStack, folder: Path, say: Say) -> list[System]:
         url = stack.enter_context(_router(name, servers, folder / f"{name}.log"))
         behind = {f"server {number}": _listener(_port(each)) for number, each in enumerate(servers)}
         systems.append(System(name, url, {"router": _listener(_port(url)), **behind}))
+    systems.append(_joinwise(stack, folder, say, TRACED, tracing={"endpoint": stack.enter_context(_collector())}))
+    if tls is not None:
+        files = {"cert": str(tls / "tls.crt"), "key": str(tls / "tls.key")}
+        systems.append(_joinwise(stack, folder, say, SECURED, gateway={"tls": files}))
+        systems[-1].authority = str(tls / "ca.crt")
     return systems
+
+
+def _joinwise(stack: ExitStack, folder: Path, say: Say, name: str, **changes: dict[str, Any]) -> System:
+    say(f"starting {name} with a stub engine")
+    facts = stack.enter_context(local_cluster(_cluster(name, **changes), folder))
+    url = facts["addresses"]["http"]
+    ports = {"gateway": _port(url), "redis": _port(facts["redis_url"])}
+    return System(name, url, {each: _listener(port) for each, port in ports.items()})
+
+
+@contextmanager
+def _collector() -> Iterator[str]:
+    """The address of an OTLP collector that keeps nothing."""
+
+    class Nothing(trace_service_pb2_grpc.TraceServiceServicer):
+        def Export(self, request: Any, context: grpc.ServicerContext) -> Any:  # noqa: N802 - as in the protocol
+            return trace_service_pb2.ExportTraceServiceResponse()
+
+    listening = grpc.server(ThreadPoolExecutor(1))
+    trace_service_pb2_grpc.add_TraceServiceServicer_to_server(Nothing(), listening)  # type: ignore[no-untyped-call]
+    port = listening.add_insecure_port("127.0.0.1:0")
+    listening.start()
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        listening.stop(None)
 
 
 def _router(name: str, servers: Sequence[str], log: Path) -> AbstractContextManager[str]:
@@ -129,7 +169,8 @@ async def _measure(systems: Sequence[System], requests: int, at_once: int, round
         system.idle = {name: (after - then[name]) / _IDLE_S for name, after in system.cpu().items()}
     for number in range(-1, rounds):  # the first round warms up
         for system in systems if number % 2 else reversed(systems):
-            async with httpx.AsyncClient(base_url=system.url, timeout=120) as client:
+            trusted = ssl.create_default_context(cafile=system.authority) if system.authority else True
+            async with httpx.AsyncClient(base_url=system.url, timeout=120, verify=trusted) as client:
                 long = await _load(system, client, requests, at_once, _TOKENS)
                 short = await _load(system, client, requests, at_once, 1)
             if number >= 0:
@@ -186,11 +227,18 @@ def _row(system: System) -> dict[str, Any]:
 
 
 def _figures(systems: Sequence[System], rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    ours, vllm = systems[0].rounds, systems[1].rounds
-    pairs = [(mine["gateway us"], theirs["server us"]) for mine, theirs in zip(ours, vllm, strict=True)]
-    figures = {"cpu_ratio_vllm": round(statistics.median(mine / theirs for mine, theirs in pairs), 3)}
+    rounds = {system.name: system.rounds for system in systems}
+
+    def ratio(name: str, other: str, part: str) -> float:
+        pairs = zip(rounds[name], rounds[other], strict=True)
+        return round(statistics.median(mine["gateway us"] / theirs[part] for mine, theirs in pairs), 3)
+
+    figures = {"cpu_ratio_vllm": ratio(OURS, "vllm", "server us")}
+    for name, figure in ((TRACED, "cpu_ratio_traced"), (SECURED, "cpu_ratio_tls")):
+        if name in rounds:
+            figures[figure] = ratio(name, OURS, "gateway us")
     for row in rows:
-        if row["system"] != "vllm":
+        if row["system"] not in ("vllm", TRACED, SECURED):
             name = re.sub(r"\W", "_", row["system"])
             figures[f"added_ttft_ms_{name}"] = round(row["ttft_ms"] - rows[1]["ttft_ms"], 2)
     return figures
@@ -210,12 +258,11 @@ def _port(url: str) -> int:
     return port
 
 
-def _cluster() -> JoinwiseConfig:
-    return JoinwiseConfig.model_validate(
-        {
-            "cluster": "bench-gateway",
-            "models": [{"name": MODEL, "model": MODEL, "max_model_len": _MAX_MODEL_LEN}],
-            "pools": [{"name": "stub", "model": MODEL, "role": "mixed", "engine": dict(_ENGINE)}],
-            "gateway": {"http_port": 0, "grpc_port": 0, "drain_s": 2},
-        }
-    )
+def _cluster(name: str = OURS, **changes: dict[str, Any]) -> JoinwiseConfig:
+    fixed: dict[str, Any] = {
+        "cluster": f"bench-{name.replace(' ', '-')}",
+        "models": [{"name": MODEL, "model": MODEL, "max_model_len": _MAX_MODEL_LEN}],
+        "pools": [{"name": "stub", "model": MODEL, "role": "mixed", "engine": dict(_ENGINE)}],
+    }
+    gateway = {"http_port": 0, "grpc_port": 0, "drain_s": 2, **changes.pop("gateway", {})}
+    return JoinwiseConfig.model_validate({**fixed, "gateway": gateway, **changes})

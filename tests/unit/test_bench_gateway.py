@@ -33,9 +33,17 @@ def test_figures_are_of_medians_and_of_pairs() -> None:
         system("joinwise", "gateway", [110, 500, 90], [12, 14, 13]),
         system("vllm", "server", [100, 250, 100], [10, 10, 10]),
         system("vllm-router", "router", [1, 1, 1], [15, 15, 15]),
+        system("joinwise traced", "gateway", [121, 500, 99], [12, 14, 13]),
+        system("joinwise tls", "gateway", [132, 500, 108], [12, 14, 13]),
     ]
     figures = _figures(systems, [_row(each) for each in systems])
-    assert figures == {"cpu_ratio_vllm": 1.1, "added_ttft_ms_joinwise": 3.0, "added_ttft_ms_vllm_router": 5.0}
+    assert figures == {
+        "cpu_ratio_vllm": 1.1,
+        "cpu_ratio_traced": 1.1,
+        "cpu_ratio_tls": 1.2,
+        "added_ttft_ms_joinwise": 3.0,
+        "added_ttft_ms_vllm_router": 5.0,
+    }
 
 
 def test_the_stub_answers_when_a_prompt_is_behind_it() -> None:
