@@ -27,7 +27,7 @@ def test_a_request_and_a_token_are_told_apart() -> None:
 def test_figures_are_of_medians_and_of_pairs() -> None:
     def system(name: str, process: str, cpu: list[float], ttft: list[float]) -> System:
         rounds = [{"ttft_ms": first, f"{process} us": each} for each, first in zip(cpu, ttft, strict=True)]
-        return System(name, "", {}, rounds)
+        return System(name, "", {}, rounds=rounds)
 
     systems = [
         system("joinwise", "gateway", [110, 500, 90], [12, 14, 13]),
