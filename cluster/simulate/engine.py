@@ -183,6 +183,10 @@ class Engine(ABC):
         self.begun = now
         self._wake()
 
+    def overcommit(self, now: float) -> bool:
+        """Nothing would happen any more: let one that is here go on without room. Returns whether one does."""
+        return False
+
     def cut(self, now: float) -> None:
         """End the steps under way with the one that is being computed; one with prompts is only one anyway."""
         if self._cut or self.prompting or self.down:

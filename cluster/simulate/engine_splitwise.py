@@ -41,7 +41,7 @@ class SplitwiseEngine(Engine):
         self.blocked: list[Task] = []
         self.present: list[Task] = []  # what each request here is at, by arrival
         self._next: dict[Job, Task] = {}  # the answer that follows a prompt here
-        self._members: set[Task] = set()
+        self._beyond = False  # the first may take memory that there is not
 
     def submit(self, job: Job, part: Part, now: float) -> None:
         task = Task(job, "decode" if part == "decode" else "prefill")
@@ -102,6 +102,14 @@ class SplitwiseEngine(Engine):
     def waiting(self) -> bool:
         return bool(self.pending)
 
+    def overcommit(self, now: float) -> bool:
+        if self.batch or not self.present:
+            return False
+        self._beyond = True
+        self.start(now)
+        self._beyond = False
+        return bool(self.batch)
+
     def _select(self, now: float) -> None:
         """Those skipped too often, prompts, those skipped before, the last batch, then the others by arrival."""
         old, memory = self.batch, self.memory
@@ -149,6 +157,9 @@ class SplitwiseEngine(Engine):
             for task in self.present:
                 if not full(task) and task.job not in taken:
                     take(task)
+        if not batch and self._beyond:
+            memory = -_memory(self.present[0])
+            take(self.present[0])
         self.batch_tokens = tokens
         self._exchange(old, batch, now)
 

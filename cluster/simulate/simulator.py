@@ -270,13 +270,13 @@ class Simulation:
             self._send(job, self.choices[job])
 
     def _overcommit(self) -> bool:
-        """Nothing would happen any more, as caches wait for room that others hold: the first goes all the same."""
+        """Nothing would happen any more, as some wait for room that others hold: the first goes all the same."""
         for waiting in self.waiting.values():
             if waiting:
                 job = waiting.popleft()
                 self._send(job, self.choices[job])
                 return True
-        return False
+        return any(engine.overcommit(self.now) for engine in self.engines)
 
     def _send(self, job: Job, choice: Choice) -> None:
         job.stage = Stage.SENDING

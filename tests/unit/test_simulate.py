@@ -147,6 +147,12 @@ CLUSTERS = st.sampled_from(["mixed=2xa", "prefill=2xa,decode=1xa", "prefill=1xa,
     "p2c",
     "splitwise",
 )
+@example(  # two prompts that fill a card, so that neither has room for its answer
+    [Arrival(0.0, 1998, 10)] * 4,
+    "mixed=2xa",
+    "round_robin",
+    "splitwise",
+)
 def test_every_request_ends_in_order_and_memory_returns(
     arrivals: list[Arrival], pools: str, policy: str, model: str
 ) -> None:
