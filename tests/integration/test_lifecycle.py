@@ -34,6 +34,11 @@ def test_up_detached_serves_and_leaves_no_orphan_when_its_launcher_is_killed(hom
     assert status["models"][0]["name"] == MODEL
     chat = home.joinwise("generate", "The capital of France is", "--max-tokens", "4")
     assert chat.returncode == 0 and chat.stdout.strip(), chat.stderr
+    doctor = home.joinwise("doctor", "--running", "--json")
+    assert json.loads(doctor.stdout)["healthy"], doctor.stdout
+    assert {"gateway": "ok", "leases": "ok", "workers": "ok"}.items() <= {
+        each["check"]: each["level"] for each in json.loads(doctor.stdout)["findings"]
+    }.items()
 
     again = home.joinwise("up", "-f", file, "--detach")
     assert again.returncode == 1
