@@ -101,6 +101,7 @@ async def test_what_it_shows(stack: AsyncExitStack, redis_client: Redis, cluster
     await tab.until("document.querySelectorAll('#decisions .row').length === 2")
     await tab.until("document.querySelectorAll('#requests .row').length === 2")
     await tab.until("document.querySelectorAll('#links tbody tr').length === 1")
+    await tab.until("document.querySelectorAll('.served > .model').length === 2")
     # Pools with their models, workers with their bars, links with how and how much.
     assert await tab.run("[...document.querySelectorAll('.served > .model')].map((each) => each.textContent)") == [
         HOSTILE,
