@@ -35,7 +35,7 @@ from joinwise.cluster.changes import gateway_build, refusals, worker_build
 from joinwise.cluster.config import JoinwiseConfig, load_config
 from joinwise.cluster.errors import ConfigError, JoinwiseError, StoreUnavailableError
 from joinwise.cluster.reconcile import Wanted
-from joinwise.cluster.router.pulse import take_pulse
+from joinwise.cluster.router.pulse import count_waiting
 from joinwise.cluster.router.registry import Registry, adapter_id
 from joinwise.cluster.store.client import connect, store_errors
 from joinwise.cluster.store.embedded import EmbeddedRedis
@@ -316,12 +316,13 @@ class Cluster:
         if not self._scaler:
             return
         try:
-            pulse = await take_pulse(await self._reach_redis(), self.config.cluster)
+            workers = await (await self._registry()).states()
+            waiting = await count_waiting(await self._reach_redis(), self.config.cluster)
         except StoreUnavailableError as error:
             logger.warning("no pool grows or shrinks now: %s", error)
             return
         before = self._scaler.workers
-        for name, why in self._scaler.look(pulse.workers, pulse.waiting, time.monotonic()).items():
+        for name, why in self._scaler.look(workers, waiting, time.monotonic()).items():
             self._say(f"pool {name}: {before[name]} -> {self._scaler.workers[name]} workers, for {why}")
             self._controller.want(self._posts(self.config))
 

@@ -100,12 +100,10 @@ async def take_pulse(client: Redis, cluster: str) -> Pulse:
     workers = await Registry(client, cluster, RouterConfig()).states(now)
     with store_errors("looking at the cluster"):
         leases = int(await client.zcard(keys.leases))
-        waiting = 0
-        async for key in client.scan_iter(match=keys.waiting_pattern, count=1000):
-            waiting += int(await client.zcard(key))
         answer: Any = await Scripts(client, keys.base).run(
             "pulse", now - _WINDOW_MS, _MOST, preludes=("common", "pick", "explain")
         )
+    waiting = await count_waiting(client, cluster)
     oldest, verdicts, links = answer
     counts = dict(zip(verdicts[::2], verdicts[1::2], strict=True))
     cut = sum(counts.values()) == _MOST  # there were more: what is seen began at the oldest of them
@@ -119,6 +117,15 @@ async def take_pulse(client: Redis, cluster: str) -> Pulse:
         verdicts=counts,
         links={_pair(chosen): count for chosen, count in zip(links[::2], links[1::2], strict=True)},
     )
+
+
+async def count_waiting(client: Redis, cluster: str) -> int:
+    """Requests in the queue. Raises StoreUnavailableError when Redis does not answer."""
+    waiting = 0
+    with store_errors("counting what waits"):
+        async for key in client.scan_iter(match=Keys(cluster).waiting_pattern, count=1000):
+            waiting += int(await client.zcard(key))
+    return waiting
 
 
 def _pair(chosen: str) -> tuple[str, str]:
