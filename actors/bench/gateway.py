@@ -116,7 +116,7 @@ def _start(stack: ExitStack, folder: Path, say: Say, tls: Path | None) -> list[S
     systems.append(System("vllm", servers[0], {"server": _listener(_port(servers[0]))}))
     for name in routers:
         say(f"starting {name}")
-        url = stack.enter_context(_router(name, servers, folder / f"{name}.log"))
+        url = stack.enter_context(foreign_router(name, servers, "round_robin", folder / f"{name}.log"))
         behind = {f"server {number}": _listener(_port(each)) for number, each in enumerate(servers)}
         systems.append(System(name, url, {"router": _listener(_port(url)), **behind}))
     systems.append(_joinwise(stack, folder, say, TRACED, tracing={"endpoint": stack.enter_context(_collector())}))
@@ -153,9 +153,10 @@ def _collector() -> Iterator[str]:
         listening.stop(None)
 
 
-def _router(name: str, servers: Sequence[str], log: Path) -> AbstractContextManager[str]:
+def foreign_router(name: str, servers: Sequence[str], policy: str, log: Path) -> AbstractContextManager[str]:
+    """One of `ROUTERS` before these servers; gives its URL. Errors as for `server`."""
     port = free_port()
-    command = [name, *(["launch"] if name == "smg" else []), "--worker-urls", *servers, "--policy", "round_robin"]
+    command = [name, *(["launch"] if name == "smg" else []), "--worker-urls", *servers, "--policy", policy]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())]
     return server(name, command, port, log)

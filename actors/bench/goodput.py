@@ -28,10 +28,10 @@ from typing import Any
 
 import httpx
 
+from joinwise.actors.bench.gateway import foreign_router
 from joinwise.actors.bench.local import local_cluster
 from joinwise.actors.bench.plain import plain_vllm
 from joinwise.actors.bench.serve import MODEL, Answer, question, stream_into
-from joinwise.actors.bench.server import free_port, server
 from joinwise.actors.models import resolve_model
 from joinwise.cluster.config import JoinwiseConfig
 from joinwise.cluster.errors import ConfigError
@@ -126,10 +126,7 @@ def _start(stack: ExitStack, folder: Path, say: Say) -> tuple[dict[str, str], st
         say(f"starting plain vLLM on core {core}")
         log = folder / f"plain-{number}.log"
         servers.append(stack.enter_context(plain_vllm(str(model.path), MODEL, [core], engine, log)))
-    port = free_port()
-    command = ["vllm-router", "--worker-urls", *servers, "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--policy", "power_of_two", "--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())]
-    urls[PLAIN] = stack.enter_context(server("vllm-router", command, port, folder / "router.log"))
+    urls[PLAIN] = stack.enter_context(foreign_router("vllm-router", servers, "power_of_two", folder / "router.log"))
     return urls, servers[0]
 
 
