@@ -172,11 +172,12 @@ async def bench(own_cluster: RunningCluster) -> AsyncIterator[Bench]:
 # Transfers that cannot be.
 
 
-# The addresses are the last two texts of a worker's state (`scripts/common.lua`).
+# The addresses are the last two texts of a worker's state (`scripts/common.lua`). Returns whether it had the old one.
 _REDIRECT = """
 local state, old = redis.call('HGET', KEYS[1], ARGV[1]), ARGV[2] .. '\\0'
-assert(string.sub(state, -#old) == old)
+if not state or string.sub(state, -#old) ~= old then return 0 end
 redis.call('HSET', KEYS[1], ARGV[1], string.sub(state, 1, -#old - 1) .. ARGV[3] .. '\\0')
+return 1
 """
 
 
@@ -185,10 +186,10 @@ def kv_address(bench: Bench, worker: WorkerInfo, address: str) -> Iterator[None]
     """Let gateways believe that a worker sends its KV from this address."""
     client = redis.Redis.from_url(bench.cluster.redis_url)
     workers = Keys(bench.cluster.name).workers
-    client.eval(_REDIRECT, 1, workers, worker.worker_id, worker.kv_address, address)
+    assert client.eval(_REDIRECT, 1, workers, worker.worker_id, worker.kv_address, address)
     try:
         yield
-    finally:
+    finally:  # a worker that registered again in between has put its own address back itself
         client.eval(_REDIRECT, 1, workers, worker.worker_id, address, worker.kv_address)
         client.close()
 

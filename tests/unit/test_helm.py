@@ -107,7 +107,9 @@ def test_a_pod_holds_one_worker_of_itsfirst_pool(rendered: Rendered, tmp_path: P
         group = rendered.groups[pool.name]
         (offered,) = shlex.split(group["rayStartParams"]["resources"])
         assert json.loads(offered) == pool.resources.custom == {f"joinwise_pool_{pool.name}": 1}
-        assert group["replicas"] == group["minReplicas"] == group["maxReplicas"] == pool.replicas
+        scale = pool.autoscale
+        least, most = (scale.least, scale.most) if scale else (pool.replicas, pool.replicas)
+        assert (group["minReplicas"], group["replicas"], group["maxReplicas"]) == (least, pool.replicas, most)
         assert pool.ops_port == 9400
         assert (group["rayStartParams"]["num-cpus"], pool.resources.num_cpus) == ("0", 0)
 
