@@ -13,12 +13,14 @@ tokens are read: one above the limit is a violation. The same arrivals go throug
 """
 
 import asyncio
+import itertools
 import multiprocessing
 import random
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from joinwise.cluster.config_model import RedisConfig, RouterConfig
@@ -30,13 +32,13 @@ from joinwise.cluster.store.embedded import EmbeddedRedis
 from joinwise.cluster.store.keys import Keys
 
 WORKERS = (2, 16, 64, 512, 1000)
-GATEWAYS = (1, 4, 8)
+GATEWAYS = (4, 8)  # beside a single one
 _MODEL = "m"
 _SETTINGS = RouterConfig(max_pending_tokens=1 << 30, lease_s=600, worker_ttl_s=600)
 _RACE_LIMIT = 8_000
 _RACE_SETTINGS = _SETTINGS.model_copy(update={"max_pending_tokens": _RACE_LIMIT})
 _CONCURRENT = 16
-_ROUNDS = 7  # of one gateway, for the median
+_ROUNDS = 15  # of one gateway, for the median
 _ROW_OF = {  # figure -> field of the rows with one gateway
     "decisions_alone_per_s": "alone_per_redis_core_s",
     "decisions_settled_per_s": "settled_per_redis_core_s",
@@ -153,44 +155,81 @@ def _in_process(call: Callable[..., Any], *arguments: Any) -> Any:
     return asyncio.run(call(*arguments))
 
 
-def speed(url: str, workers: int, gateways: int, decisions: int, pool: Any) -> dict[str, Any]:
-    """Time decisions over so many workers by so many gateways at once; returns a row."""
-    cluster = f"bench-{workers}-{gateways}"
+def _cluster(workers: int, gateways: int) -> str:
+    return f"bench-{workers}-{gateways}"
 
-    async def run(call: Callable[[Any], Any]) -> Any:
+
+def _ask(url: str, call: Callable[[Any], Any]) -> Any:
+    """What a call over a client of its own returns."""
+
+    async def run() -> Any:
         client = connect(url, _PATIENT)
         try:
             return await call(client)
         finally:
             await client.aclose()
 
-    asyncio.run(run(lambda client: join(client, cluster, workers)))
-    row: dict[str, Any] = {"workers": workers, "gateways": gateways}
-    if gateways == 1:
-        alone = asyncio.run(_gateway(url, cluster, decisions, True, 1))
-        for name, values in (("route", alone.route_us), ("ping", alone.ping_us)):
-            cuts = statistics.quantiles(values, n=100)
-            row |= {f"{name}_p50_us": cuts[49], f"{name}_p99_us": cuts[98]}
-        row["alone_per_redis_core_s"] = alone.decisions / alone.redis_cpu_s
-    before, begin = asyncio.run(run(_cpu_s)), time.perf_counter()
-    asked = [(_gateway, url, cluster, decisions, False, seed) for seed in range(gateways)]
-    rounds = [pool.starmap(_in_process, asked) for _ in range(_ROUNDS if gateways == 1 else 1)]
-    timings = sorted(rounds, key=lambda found: found[0].redis_cpu_s / found[0].decisions)[len(rounds) // 2]
-    seconds = time.perf_counter() - begin
-    total = sum(timing.decisions for timing in timings)
-    # The gateways settle at the end: only what Redis did while a single one routed is pure, and all of it when many do.
-    cpu = timings[0].redis_cpu_s if gateways == 1 else asyncio.run(run(_cpu_s)) - before
-    if gateways == 1:
-        row["decisions_per_call"] = total / timings[0].calls
-        row["settled_per_redis_core_s"] = total / (cpu + timings[0].settling_cpu_s)
-    leftovers = asyncio.run(run(lambda client: Router(client, cluster, _SETTINGS).leftovers()))
+    return asyncio.run(run())
+
+
+def _leftovers(url: str, cluster: str) -> int:
+    return len(_ask(url, lambda client: Router(client, cluster, _SETTINGS).leftovers()))
+
+
+def speed_of_one(url: str, decisions: int, pool: Any, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Time one gateway's decisions, a row for each number of workers.
+
+    All numbers have their turn in each round: a machine whose speed changes meanwhile changes it for all of them.
+    """
+    alone: dict[int, list[Timing]] = {workers: [] for workers in WORKERS}
+    many: dict[int, list[Timing]] = {workers: [] for workers in WORKERS}
+    for workers in WORKERS:
+        _ask(url, partial(join, cluster=_cluster(workers, 1), count=workers))
+    for turn in range(_ROUNDS):
+        say(f"one gateway: round {turn + 1} of {_ROUNDS}")
+        for workers in WORKERS if turn % 2 else WORKERS[::-1]:
+            asked = _gateway, url, _cluster(workers, 1)
+            alone[workers].append(pool.apply(_in_process, (*asked, decisions // _ROUNDS, True, turn)))
+            many[workers].append(pool.apply(_in_process, (*asked, decisions, False, turn)))
+    return [_row_of_one(url, workers, alone[workers], many[workers]) for workers in WORKERS]
+
+
+def _row_of_one(url: str, workers: int, alone: list[Timing], many: list[Timing]) -> dict[str, Any]:
+    row: dict[str, Any] = {"workers": workers, "gateways": 1}
+    for name in ("route_us", "ping_us"):
+        cuts = statistics.quantiles((value for timing in alone for value in getattr(timing, name)), n=100)
+        row |= {f"{name[:-3]}_p50_us": cuts[49], f"{name[:-3]}_p99_us": cuts[98]}
+    settled = [timing.decisions / (timing.redis_cpu_s + timing.settling_cpu_s) for timing in many]
     return row | {
+        "decisions": sum(timing.decisions for timing in many),
+        "per_redis_core_s": statistics.median(timing.decisions / timing.redis_cpu_s for timing in many),
+        "with_settling": False,
+        "alone_per_redis_core_s": statistics.median(timing.decisions / timing.redis_cpu_s for timing in alone),
+        "settled_per_redis_core_s": statistics.median(settled),
+        "decisions_per_call": statistics.median(timing.decisions / timing.calls for timing in many),
+        "wall_per_s": statistics.median(timing.decisions / timing.seconds for timing in many),
+        "leftovers": _leftovers(url, _cluster(workers, 1)),
+    }
+
+
+def speed_of_many(url: str, workers: int, gateways: int, decisions: int, pool: Any) -> dict[str, Any]:
+    """Time decisions by several gateways at once; returns a row.
+
+    They settle at the end, each when it is through: Redis' time for that is in the row's rate.
+    """
+    cluster = _cluster(workers, gateways)
+    _ask(url, partial(join, cluster=cluster, count=workers))
+    before = _ask(url, _cpu_s)
+    timings = pool.starmap(_in_process, [(_gateway, url, cluster, decisions, False, seed) for seed in range(gateways)])
+    cpu, total = _ask(url, _cpu_s) - before, sum(timing.decisions for timing in timings)
+    return {
+        "workers": workers,
+        "gateways": gateways,
         "decisions": total,
         "per_redis_core_s": total / cpu,
-        "with_settling": gateways > 1,
+        "with_settling": True,
         "wall_per_s": total / max(max(timing.seconds for timing in timings), 1e-9),
-        "wall_s": seconds,
-        "leftovers": len(leftovers),
+        "leftovers": _leftovers(url, cluster),
     }
 
 
@@ -268,19 +307,7 @@ def race(url: str, processes: int, decisions: int, workers: int) -> dict[str, An
     """Race so many processes; returns figures. All loads are zero afterwards, or `leftovers` says how many are not."""
     cluster = "race"
 
-    async def prepare() -> None:
-        client = connect(url, _PATIENT)
-        await join(client, cluster, workers, speeds=1)  # so that equal loads are what is best
-        await client.aclose()
-
-    async def left() -> list[str]:
-        client = connect(url, _PATIENT)
-        try:
-            return await Router(client, cluster, _RACE_SETTINGS).leftovers()
-        finally:
-            await client.aclose()
-
-    asyncio.run(prepare())
+    _ask(url, partial(join, cluster=cluster, count=workers, speeds=1))  # so that equal loads are what is best
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         ours = pool.starmap(_in_process, [(_race, url, cluster, decisions, seed) for seed in range(processes)])
         theirs = pool.starmap(
@@ -295,7 +322,7 @@ def race(url: str, processes: int, decisions: int, workers: int) -> dict[str, An
         "race_granted": sum(racer.granted for racer in ours),
         "race_refused": sum(racer.refused for racer in ours),
         "race_violations": sum(racer.violations for racer in ours),
-        "race_leftovers": len(asyncio.run(left())),
+        "race_leftovers": _leftovers(url, cluster),
         "race_imbalance_max": max(spread(ours), default=0.0),
         "race_imbalance_median": statistics.median(spread(ours) or [0.0]),
         "two_choices_imbalance_max": max(spread(theirs), default=0.0),
@@ -309,15 +336,16 @@ def run(decisions: int, racing: int, say: Callable[[str], None]) -> tuple[dict[s
     rows: list[dict[str, Any]] = []
     try:
         with multiprocessing.get_context("spawn").Pool(max(GATEWAYS)) as pool:
-            for workers in WORKERS:
-                for gateways in GATEWAYS:
-                    say(f"{workers} workers, {gateways} gateways")
-                    rows.append(speed(server.url, workers, gateways, decisions, pool))
+            singles = speed_of_one(server.url, decisions, pool, say)
+            rows += singles
+            for workers, gateways in itertools.product(WORKERS, GATEWAYS):
+                say(f"{workers} workers, {gateways} gateways")
+                rows.append(speed_of_many(server.url, workers, gateways, decisions, pool))
         say("the race")
         figures: dict[str, float] = race(server.url, max(GATEWAYS), racing, 64)
     finally:
         server.stop()
-    single = {row["workers"]: row for row in rows if row["gateways"] == 1}
+    single = {row["workers"]: row for row in singles}
     for workers in WORKERS:
         figures[f"decisions_per_s_{workers}w"] = single[workers]["per_redis_core_s"]
     for name in ("decisions_alone_per_s", "decisions_settled_per_s", "decisions_per_call"):

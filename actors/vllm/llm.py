@@ -1,11 +1,13 @@
 """`ClusterLLM`: vLLM's `AsyncLLM` over `ClusterCore`, with a ticket for every call of `generate`."""
 
-from collections.abc import AsyncGenerator, Collection
+from collections.abc import AsyncGenerator, Callable, Collection
+from contextvars import ContextVar
 from typing import Any, NoReturn, cast
 
 from vllm.config import VllmConfig
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.executor import Executor
@@ -39,7 +41,29 @@ def cluster_llm(
     finally:
         EngineCoreClient.make_async_mp_client = staticmethod(original)  # type: ignore[method-assign]
     llm.office, llm.prefixes, llm.blocks = office, prefixes, blocks
+    llm.input_processor.process_inputs = _once(llm.input_processor.process_inputs)  # type: ignore[method-assign]
     return llm
+
+
+#: The request that was processed for its ticket, until vLLM asks for it.
+_checked: ContextVar[EngineCoreRequest | None] = ContextVar("joinwise_checked_request", default=None)
+
+#: What `process_inputs` takes of what `generate` is given. vLLM knows the other two, priority and trace, only later.
+_OF_INPUTS = ("arrival_time", "tokenization_kwargs", "data_parallel_rank", "session_id", "kv_hints", "lora_request")
+
+
+def _once(process: Callable[..., EngineCoreRequest]) -> Callable[..., EngineCoreRequest]:
+    """vLLM's `process_inputs`, which takes what was processed for the ticket, if this request was."""
+
+    def taken(request_id: str, *args: Any, **kwargs: Any) -> EngineCoreRequest:
+        checked = _checked.get()
+        if checked is None or checked.request_id != request_id:
+            return process(request_id, *args, **kwargs)
+        _checked.set(None)
+        checked.priority, checked.trace_headers = kwargs["priority"], kwargs["trace_headers"]
+        return checked
+
+    return taken
 
 
 class ClusterLLM(AsyncLLM):
@@ -64,25 +88,26 @@ class ClusterLLM(AsyncLLM):
             vllm.exceptions.VLLMValidationError: what vLLM's own checks refuse.
         """
         try:
-            ticket = self._ticket(prompt, sampling_params, request_id, kwargs)
+            ticket, checked = self._ticket(prompt, sampling_params, request_id, kwargs)
         except JoinwiseError as error:
             raise note_error(error) from None
         tickets = call_tickets.get()
         if tickets is not None:
             tickets.append(ticket)
         kwargs["priority"] = ticket.demand.terms.priority
-        return self._run(ticket, super().generate(prompt, sampling_params, request_id, **kwargs))
+        return self._run(ticket, checked, super().generate(prompt, sampling_params, request_id, **kwargs))
 
     async def _run(
-        self, ticket: Ticket, outputs: AsyncGenerator[RequestOutput, None]
+        self, ticket: Ticket, checked: EngineCoreRequest, outputs: AsyncGenerator[RequestOutput, None]
     ) -> AsyncGenerator[RequestOutput, None]:
         try:
             await ticket.admit()
-            token = active_ticket.set(ticket)
+            tokens = active_ticket.set(ticket), _checked.set(checked)
             try:
                 first = await anext(outputs)  # the request is added to the core in here
             finally:
-                active_ticket.reset(token)
+                active_ticket.reset(tokens[0])
+                _checked.reset(tokens[1])
             yield first
             async for output in outputs:
                 yield output
@@ -90,15 +115,18 @@ class ClusterLLM(AsyncLLM):
             await outputs.aclose()
             await ticket.settle()
 
-    def _ticket(self, prompt: Any, params: SamplingParams, request_id: str, given: dict[str, Any]) -> Ticket:
+    def _ticket(
+        self, prompt: Any, params: SamplingParams, request_id: str, given: dict[str, Any]
+    ) -> tuple[Ticket, EngineCoreRequest]:
         if not isinstance(prompt, dict) or prompt.get("type") not in ("token", "embeds"):
             kind = prompt.get("type", "unknown") if isinstance(prompt, dict) else type(prompt).__name__
             raise InvalidRequestError(f"{kind} input is not supported: send text", request_id=request_id)
         split.refuse_reserved(params)
         lora = given.get("lora_request")
         # vLLM validates lazily, after a streaming response has begun; validate now, and on a copy.
+        more = {name: given[name] for name in _OF_INPUTS if name in given}
         checked = self.input_processor.process_inputs(
-            request_id, cast(Any, prompt), params, supported_tasks=("generate",), lora_request=lora
+            request_id, cast(Any, prompt), params, supported_tasks=("generate",), **more
         )
         checked_params = checked.sampling_params
         assert checked_params is not None
@@ -106,7 +134,7 @@ class ClusterLLM(AsyncLLM):
         if self.prefixes and self.blocks is not None and checked.prompt_token_ids and checked.prompt_embeds is None:
             names = self.blocks.of(checked.prompt_token_ids, lora=lora, cache_salt=checked.cache_salt)
             held = self.prefixes.held(names, self.blocks.block_size, MAX_HOLDERS, self.holders)
-        return self.office.ticket(
+        ticket = self.office.ticket(
             request_id=request_id,
             prompt_tokens=len(checked.prompt_token_ids or ()) or 1,
             max_new_tokens=checked_params.max_tokens or 1,
@@ -118,6 +146,7 @@ class ClusterLLM(AsyncLLM):
             held=held,
             exclude=self.strangers,
         )
+        return ticket, checked
 
 
 #: Calls of vLLM's `EngineClient` that mean one engine: a cluster answers 501.
