@@ -21,6 +21,7 @@ from rich.text import Text
 
 from joinwise.actors import runfile
 from joinwise.actors.launcher import Launcher
+from joinwise.actors.phases import process_began
 from joinwise.cluster import env
 from joinwise.cluster.cli.options import ConfigFile, config_path
 from joinwise.cluster.config import JoinwiseConfig, load_config
@@ -42,7 +43,9 @@ def up(
     _refuse_second(config)
     if detach:
         facts = _start_detached(config, file)
-        console.print(f"[green]ready[/] {facts['addresses']['http']} (HTTP), {facts['addresses']['grpc']} (gRPC)")
+        seconds = time.monotonic() - process_began()
+        addresses = f"{facts['addresses']['http']} (HTTP), {facts['addresses']['grpc']} (gRPC)"
+        console.print(f"[green]ready[/] after {seconds:.1f} s: {addresses}")
         console.print("stop it with [bold]joinwise down[/]")
         return
     with _output_in_log(config) as terminal, terminal.status("running; Ctrl-C stops the cluster"):
@@ -86,7 +89,7 @@ def demo(
     prompt: Annotated[str, typer.Argument(help="What to ask the bundled model")] = _DEMO_PROMPT,
 ) -> None:
     """Start a small cluster here, ask it something, show where the time went, stop it."""
-    begin = time.monotonic()
+    begin = process_began()
     config = load_config(None)
     _refuse_second(config)
     facts = _start_detached(config, None, JOINWISE_GATEWAY__HTTP_PORT="0", JOINWISE_GATEWAY__GRPC_PORT="0")
@@ -135,8 +138,8 @@ def _log_file(config: JoinwiseConfig) -> Path:
 
 
 def _sayer(terminal: Console) -> Callable[[str], None]:
-    """Prints a line of progress, with the seconds since now, on the terminal and into the log."""
-    begin = time.monotonic()
+    """Prints a line of progress, with the seconds since this process began, on the terminal and into the log."""
+    begin = process_began()
 
     def say(line: str) -> None:
         line = f"[{time.monotonic() - begin:6.1f} s] {line}"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from joinwise.actors.phases import told
 from joinwise.cluster import reconcile as rec
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,8 @@ class Actor(Protocol):
     """What is needed of `ray_api.Actor`."""
 
     name: str
+    phases: dict[str, float]
+    """Seconds of its start by what they went to, once it is ready."""
 
     async def start(self) -> dict[str, str]:
         """Returns facts once it is ready; raises JoinwiseError."""
@@ -203,7 +206,8 @@ class Controller:
         begin = time.monotonic()
         held.facts = await held.actor.start()
         held.state = "ready"
-        self._say(f"{held.post.what} {held.actor.name} is ready after {time.monotonic() - begin:.1f} s")
+        said = f"{held.post.what} {held.actor.name} is ready after {time.monotonic() - begin:.1f} s"
+        self._say(f"{said}: {told(held.actor.phases)}")
 
     async def _restart(self, held: _Held) -> None:
         try:

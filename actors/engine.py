@@ -31,6 +31,7 @@ from joinwise.actors.kv.draining import drain
 from joinwise.actors.kv.metrics import KvMetrics
 from joinwise.actors.models import resolve_model
 from joinwise.actors.ops import OpsServer
+from joinwise.actors.phases import Phases
 from joinwise.actors.spec import WorkerSpec
 from joinwise.actors.tls import Certificates, peers
 from joinwise.actors.vllm import build, connector, nixl, proposer
@@ -92,6 +93,7 @@ class EngineWorker:
         self._registered = False
         self._draining = False
         self._beaten = time.monotonic()
+        self.phases = Phases()
 
     async def start(self) -> dict[str, Any]:
         """Build the engine and register it.
@@ -103,12 +105,12 @@ class EngineWorker:
             ConfigError: vLLM refuses the pool's engine arguments.
             RegistrationRefusedError: the cluster runs another model or KV layout under this name.
         """
-        begin = time.monotonic()
         cpu.pin(self._spec.cores)
         self._certificates = peers(self._config.tls)
         self._ops = self._open_ops()
         self._token = "" if is_loopback(self._spec.host) else await self._registry.token()
         model = await asyncio.to_thread(resolve_model, self._model.model, revision=self._model.revision)
+        self.phases.done("model")
         arguments = self._config.engine_arguments(self._pool)
         self._service = EngineService(WorkerIdentity(self._config.cluster, self._spec.worker_id, 0), self._kv)
         config = await asyncio.to_thread(
@@ -119,7 +121,9 @@ class EngineWorker:
             drafts=self._pool.speculation.k if self._pool.speculation is not None else 0,
             transfer=self._foreign_transfer(),
         )
+        self.phases.done("configuration")
         self._engine = await asyncio.to_thread(self._build_engine, config, model.digest)
+        self.phases.done("engine")
         self._service.bind(self._engine)
         if self._config.router.prefix_events:
             report_blocks(self._engine.core.scheduler, self._prefixes.note)
@@ -135,7 +139,8 @@ class EngineWorker:
         self._heart = asyncio.create_task(self._beat())
         if self._config.router.prefix_events:
             self._telling = asyncio.create_task(self._prefixes.tell(self._who, self._config.router.heartbeat_s))
-        logger.info("worker %s is ready after %.1f s", self._spec.worker_id, time.monotonic() - begin)
+        self.phases.done("registration")
+        logger.info("worker %s is ready after %.1f s", self._spec.worker_id, self.phases.total)
         return {
             "worker_id": self._info.worker_id,
             "epoch": self._service.identity.epoch,

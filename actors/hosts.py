@@ -34,12 +34,13 @@ def gateway_actor(config: JoinwiseConfig, redis_url: str) -> GatewayHost:
 
 
 class GatewayHost:
-    """A gateway as an actor: `start`, `stop`, `failure`."""
+    """A gateway as an actor: `start`, `stop`, `failure`, `phases`."""
 
     def __init__(self, config: JoinwiseConfig, redis_url: str) -> None:
         from joinwise.actors.gateway.gateway import Gateway
 
         self._gateway = Gateway(config, redis_url)
+        self.phases = self._gateway.phases
 
     async def start(self) -> dict[str, str]:
         """Open the listeners; returns their addresses, as clients reach them."""

@@ -28,6 +28,7 @@ from joinwise.actors import logs, ray_api, runfile
 from joinwise.actors.controller import Controller, Post
 from joinwise.actors.draft.vocabulary import check_vocabularies
 from joinwise.actors.models import resolve_model
+from joinwise.actors.phases import Phases, process_began, told
 from joinwise.actors.runfile import RunFile
 from joinwise.actors.spec import WorkerSpec
 from joinwise.cluster.autoscale import Autoscaler
@@ -64,9 +65,17 @@ class Cluster:
         config: what to run.
         say: gets one line for every step of the start.
         with_gateway: start a gateway too; Serve brings its own.
+        phases: what has gone before, to be told with the rest of the start.
     """
 
-    def __init__(self, config: JoinwiseConfig, say: Say = lambda _: None, *, with_gateway: bool = True) -> None:
+    def __init__(
+        self,
+        config: JoinwiseConfig,
+        say: Say = lambda _: None,
+        *,
+        with_gateway: bool = True,
+        phases: Phases | None = None,
+    ) -> None:
         self.config = config
         self.redis_url = config.redis.url
         self.addresses: dict[str, str] = {}
@@ -78,6 +87,7 @@ class Cluster:
         self._controller: Controller | None = None
         self._scaler = Autoscaler(config.pools)
         self._ray: ray_api.Connection | None = None
+        self._phases = phases or Phases()
 
     def start_redis(self) -> str:
         """Start the embedded Redis, if that is configured; returns the address of the cluster's Redis.
@@ -112,14 +122,17 @@ class Cluster:
             _refuse_taken(config.gateway.host, config.gateway.grpc_port, "gateway.grpc_port")
         self.start_redis()
         await self._reach_redis()
+        self._phases.done("Redis")
         self._say("starting Ray" if config.ray.address == ray_api.LOCAL else "joining Ray")
         models = asyncio.get_running_loop().run_in_executor(None, self._fetch_models)
         self._ray = ray_api.connect(config, cpus=self._demand()["CPU"])
         if lacking := await asyncio.to_thread(ray_api.missing, self._demand()):
             listed = ", ".join(f"{amount:g} {name}" for name, amount in lacking.items())
             self._say(f"warning: the pools ask for {listed}, which the Ray cluster does not have now; waiting for it")
+        self._phases.done("Ray")
         await models
         await self._record_adapters()
+        self._phases.done("models")
         self._controller = Controller(self._posts(config), self._say, config.ray.start_timeout_s)
         parts = [(sum(pool.replicas for pool in config.pools if pool.role != "draft"), "engines")]
         parts += [(sum(pool.replicas for pool in config.pools if pool.role == "draft"), "draft actors")]
@@ -132,6 +145,8 @@ class Cluster:
                 f"not ready within {config.ray.start_timeout_s:.0f} s (ray.start_timeout_s): "
                 f"{', '.join(self._controller.late())}; does the Ray cluster have what the pools' resources ask for?"
             ) from None
+        self._phases.done("actors")
+        self._say(f"started in {self._phases.total:.1f} s: {told(self._phases.seconds)}")
         if self._with_gateway:
             self.addresses = self._controller.facts(_GATEWAY)
             self._say(f"ready: {self.addresses['http']} (HTTP), {self.addresses['grpc']} (gRPC)")
@@ -381,7 +396,9 @@ async def run(config: JoinwiseConfig, say: Say) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopped.set)
     with RunFile.claim(config.cluster) as run_file:
-        cluster = Cluster(config, say)
+        phases = Phases(process_began())
+        phases.done("imports")
+        cluster = Cluster(config, say, phases=phases)
         changes = _Changes(cluster, run_file, say)
         loop.add_signal_handler(runfile.CHANGE, changes.asked)
         start = asyncio.create_task(cluster.start())
@@ -410,7 +427,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m joinwise.actors.launch", description=__doc__)
     parser.add_argument("-f", "--file", type=Path, help="joinwise.yaml; the demo's configuration without it")
     arguments = parser.parse_args()
-    begin = time.monotonic()
+    begin = process_began()
 
     def say(line: str) -> None:
         print(f"[{time.monotonic() - begin:6.1f} s] {line}", flush=True)

@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import time
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,6 +24,7 @@ from joinwise.actors.draft.vocabulary import Vocabulary
 from joinwise.actors.draft.wire import CHANNEL_OPTIONS
 from joinwise.actors.models import resolve_model
 from joinwise.actors.ops import OpsServer
+from joinwise.actors.phases import Phases
 from joinwise.actors.spec import WorkerSpec
 from joinwise.actors.tls import Certificates, peers
 from joinwise.actors.worker_ports import GrpcPort, open_ops
@@ -58,6 +58,7 @@ class DraftWorker:
         self._heart: asyncio.Task[None] | None = None
         self._dead: BaseException | None = None
         self._leaving = False
+        self.phases = Phases()
 
     async def start(self) -> dict[str, Any]:
         """Load the drafter and begin to serve.
@@ -69,9 +70,9 @@ class DraftWorker:
             ConfigError: the draft model cannot be used.
             JoinwiseError: it cannot be found, or Redis does not answer.
         """
-        begin = time.monotonic()
         cpu.pin(self._spec.cores)
         drafter, vocabulary = await asyncio.to_thread(self._load, self._pool.draft or DraftConfig())
+        self.phases.done("drafter")
         self._desk = desk = Desk(drafter, on_dead=self._on_dead)
         service = DraftService(desk, cluster=self._config.cluster, drafter=drafter.name, vocabulary=vocabulary)
         self._service = service
@@ -100,7 +101,8 @@ class DraftWorker:
             )
         await self._drafts.beat(self._pool.name, info)
         self._heart = asyncio.create_task(self._beat(info))
-        logger.info("draft actor %s is ready after %.1f s", self._spec.worker_id, time.monotonic() - begin)
+        self.phases.done("registration")
+        logger.info("draft actor %s is ready after %.1f s", self._spec.worker_id, self.phases.total)
         return {
             "worker_id": self._spec.worker_id,
             "draft_address": address,

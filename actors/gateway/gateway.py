@@ -38,6 +38,7 @@ from joinwise.actors.gateway.served import ServedModel, Shared, serve_model
 from joinwise.actors.gateway.tickets import on_terms
 from joinwise.actors.gateway.tracing import Traces
 from joinwise.actors.ops import OpsServer
+from joinwise.actors.phases import Phases
 from joinwise.actors.tls import Certificates, peers
 from joinwise.actors.vllm.series import ModelSeries
 from joinwise.cluster.client.types import ClusterStatus, KvLinkStatus, WorkerStatus
@@ -101,6 +102,7 @@ class Gateway:
         self._served: dict[str, frozenset[str]] = {}  # of each model, the roles with a live worker
         self._draining = False
         self._beaten = time.monotonic()
+        self.phases = Phases()
 
     async def build(self) -> Any:
         """Make the ASGI application; waits for a worker of each model.
@@ -119,6 +121,7 @@ class Gateway:
             ledgers=self._ledgers,
             peers=self._peers,
             series=self._series,
+            phases=self.phases,
         )
         for model in config.models:
             beside = self._models[0].app if self._models else None
@@ -164,6 +167,7 @@ class Gateway:
         )
         self._http_task = asyncio.create_task(self._http.serve(sockets=[listener]))
         grpc_address = await self.start_grpc()
+        self.phases.done("listeners")
         scheme = "https" if tls else "http"
         return Addresses(f"{scheme}://{gateway.host}:{listener.getsockname()[1]}", grpc_address)
 

@@ -29,6 +29,7 @@ from joinwise.actors.gateway.links import Links
 from joinwise.actors.gateway.tickets import TicketOffice
 from joinwise.actors.gateway.utilities import Utilities
 from joinwise.actors.models import resolve_model
+from joinwise.actors.phases import Phases
 from joinwise.actors.tls import Certificates
 from joinwise.actors.vllm.build import gateway_config
 from joinwise.actors.vllm.core_client import ClusterCore
@@ -58,6 +59,7 @@ class Shared:
     ledgers: Ledgers
     peers: Certificates | None
     series: ModelSeries | None
+    phases: Phases
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,13 @@ async def serve_model(model: ModelConfig, shared: Shared, beside: FastAPI | None
     """
     config, name, registry = shared.config, model.public_name, shared.registry
     files = await asyncio.to_thread(resolve_model, model.model, revision=model.revision)
+    shared.phases.done("model")
+    # As workers will have it, in all likelihood: made while they start.
+    arguments = config.engine_arguments(_serving_pool(config, model))
+    vllm_config = await asyncio.to_thread(gateway_config, str(files.path), arguments, [name])
+    shared.phases.done("configuration")
     worker = await _first_worker(registry, name, config.ray.start_timeout_s)
+    shared.phases.done("waiting for a worker")
     if worker.model_digest != files.digest:
         raise ConfigError(f"workers serve {name!r} with other files (digest {worker.model_digest}) than this gateway's")
     links = Links(
@@ -130,8 +138,9 @@ async def serve_model(model: ModelConfig, shared: Shared, beside: FastAPI | None
         transfer_timeout_s=config.kv.transfer_timeout_s,
         in_turn=config.kv.transport == "nixl",
     )
-    arguments = {**config.engine_arguments(_serving_pool(config, model)), "max_model_len": worker.max_model_len}
-    vllm_config = await asyncio.to_thread(gateway_config, str(files.path), arguments, [name])
+    if vllm_config.model_config.max_model_len != worker.max_model_len:
+        arguments["max_model_len"] = worker.max_model_len
+        vllm_config = await asyncio.to_thread(gateway_config, str(files.path), arguments, [name])
     blocks = BlockNames(vllm_config, worker.block_size) if config.router.prefix_events else None
     llm = cluster_llm(vllm_config, core, TicketOffice(shared.router, name), shared.prefixes, blocks)
     if shared.series is not None:
@@ -147,6 +156,7 @@ async def serve_model(model: ModelConfig, shared: Shared, beside: FastAPI | None
     enabled = vllm_config.lora_config is not None
     adapters = Adapters(registry, utilities, app.state.openai_serving_models, name, enabled=enabled)
     await adapters.sync()
+    shared.phases.done("front end")
     return ServedModel(name, files.digest, app, llm, core, links, adapters)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 
 import pytest
@@ -21,6 +22,7 @@ class FakeActor:
         if not world.slow:
             self.gate.set()
         self.sick = ""
+        self.phases = {"imports": 5.25, "engine": 3.0}
         self.awake = asyncio.Event()
         self.awake.set()
         self.error: JoinwiseError | None = world.errors.get(name)
@@ -86,6 +88,9 @@ async def test_it_fills_all_slots_at_once(world: World) -> None:
     await controller.fill()
     assert sorted(world.log) == ["ready a-1", "ready b-1"]
     assert controller.facts("a") == {"name": "a-1"} and controller.facts("nobody") == {}
+    for line in world.said:  # and says what the seconds of each went to
+        assert re.fullmatch(r"engine [ab]-1 is ready after 0\.\d s: imports 5\.2 s, engine 3\.0 s", line), line
+    assert len(world.said) == 2
     assert await controller.look()
 
 

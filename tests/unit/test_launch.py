@@ -21,6 +21,7 @@ class FakeActor:
 
     def __init__(self, name: str, log: list[str], broken: set[str]) -> None:
         self.name, self._log, self._broken = name, log, broken
+        self.phases: dict[str, float] = {}
 
     async def start(self) -> dict[str, str]:
         if self.name in self._broken:
