@@ -19,6 +19,7 @@ from typing import Any
 
 import grpc
 import uvicorn
+from helpers.workers import worker as registered
 from prometheus_client import CollectorRegistry, Counter, start_http_server
 from redis.asyncio import Redis
 from vllm.v1.engine import EngineCoreEvent, EngineCoreEventType, EngineCoreOutput
@@ -140,31 +141,22 @@ class Site:
         drafts = Drafts() if speculates else None
         server = grpc.aio.server()
         port = server.add_insecure_port("127.0.0.1:0")
-        info = WorkerInfo(
-            **{
-                "worker_id": worker_id,
-                "epoch": 0,
-                "model": model,
-                "pool": pool,
-                "role": role,
-                "fingerprint": f"{model}-{pool}",
-                "model_digest": model,
-                "engine_address": f"127.0.0.1:{port}",
-                "kv_address": f"{worker_id}:9000",
-                "metrics_address": "127.0.0.1:1" if drafts is None else self._tell(drafts),
-                "capabilities": frozenset({"replay"} if drafts is None else ()),
-                "kv_layout": model,
-                "max_model_len": 32768,
-                "block_size": _BLOCK,
-                "num_blocks": 4096,
-                "max_num_seqs": 32,
-                "adapters": frozenset(),
-                "vllm_version": "0.32.0",
-                "protocol_version": 1,
-                "started_ms": 0,
-                **more,
-            }
-        )
+        fields: dict[str, Any] = {
+            "model": model,
+            "pool": pool,
+            "fingerprint": f"{model}-{pool}",
+            "model_digest": model,
+            "engine_address": f"127.0.0.1:{port}",
+            "kv_address": f"{worker_id}:9000",
+            "metrics_address": "127.0.0.1:1" if drafts is None else self._tell(drafts),
+            "capabilities": frozenset({"replay"} if drafts is None else ()),
+            "kv_layout": model,
+            "max_model_len": 32768,
+            "block_size": _BLOCK,
+            "num_blocks": 4096,
+            "max_num_seqs": 32,
+        }
+        info = registered(worker_id, role, **{**fields, **more})
         speeds = {"prefill_tokens_per_s": 8000.0, "step_ms": 20.0, **speeds}
         worker = self.workers[worker_id] = Worker(info, drafts=drafts, **speeds)
         epoch = await self.registry.register(info)

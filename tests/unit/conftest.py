@@ -1,9 +1,10 @@
 """Fixtures on a real Redis: one server for all tests, a cluster of its own (a key prefix) for each."""
 
 import itertools
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
+from helpers.workers import worker
 from redis.asyncio import Redis
 
 from joinwise.cluster.router.registry import WorkerInfo
@@ -54,34 +55,7 @@ def clock() -> Clock:
     return Clock()
 
 
-def worker(worker_id: str, role: str = "mixed", **changes: object) -> WorkerInfo:
-    """A registration; `changes` replace its fields."""
-    fields: dict[str, object] = {
-        "worker_id": worker_id,
-        "epoch": 0,
-        "model": "m",
-        "pool": role,
-        "role": role,
-        "fingerprint": "f",
-        "model_digest": "digest",
-        "engine_address": f"{worker_id}:1",
-        "kv_address": f"{worker_id}:2",
-        "metrics_address": f"{worker_id}:3",
-        "capabilities": frozenset({"replay", "kv_grpc"}),
-        "kv_layout": "layout",
-        "max_model_len": 2048,
-        "block_size": 128,
-        "num_blocks": 64,
-        "max_num_seqs": 16,
-        "adapters": frozenset(),
-        "vllm_version": "0.32.0",
-        "protocol_version": 1,
-        "started_ms": 0,
-    }
-    return WorkerInfo(**{**fields, **changes})  # type: ignore[arg-type]
-
-
 @pytest.fixture
-def make_worker() -> object:
-    """`worker`, for tests (a conftest cannot be imported from)."""
+def make_worker() -> Callable[..., WorkerInfo]:
+    """`helpers.workers.worker`, as an argument."""
     return worker

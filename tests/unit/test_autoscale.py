@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from helpers.workers import worker as registered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,7 +11,7 @@ from joinwise.cluster.autoscale import Autoscaler, work_s
 from joinwise.cluster.config import JoinwiseConfig
 from joinwise.cluster.config_check import problems
 from joinwise.cluster.config_model import AutoscaleConfig, PoolConfig
-from joinwise.cluster.router.registry import WorkerInfo, WorkerLoad, WorkerState
+from joinwise.cluster.router.registry import WorkerLoad, WorkerState
 
 
 def pool(name: str = "decode", replicas: int = 1, **settings: object) -> PoolConfig:
@@ -20,11 +21,7 @@ def pool(name: str = "decode", replicas: int = 1, **settings: object) -> PoolCon
 
 def worker(seconds: float, name: str = "decode", role: str = "decode") -> WorkerState:
     """One with so many seconds of prompts before it."""
-    info = WorkerInfo(
-        worker_id="w", epoch=1, model="m", pool=name, role=role, fingerprint="", model_digest="", engine_address="",
-        kv_address="", metrics_address="", capabilities=frozenset(), kv_layout="", max_model_len=1, block_size=16,
-        num_blocks=1, max_num_seqs=8, adapters=frozenset(), vllm_version="", protocol_version=1, started_ms=0,
-    )  # fmt: skip
+    info = registered("w", role, pool=name, max_num_seqs=8)
     return WorkerState(info, WorkerLoad(prefill_tokens_per_s=100), 0, round(seconds * 100), 0, 0, 0, 0)
 
 

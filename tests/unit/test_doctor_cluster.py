@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from helpers.workers import worker as registered
 
 from joinwise.cluster.cli.doctor import healthy
 from joinwise.cluster.cli.doctor_cluster import Seen, examine, look
@@ -22,13 +23,8 @@ NOW = 1_000_000_000
 
 
 def info(name: str, role: str, **changes: object) -> WorkerInfo:
-    fixed = WorkerInfo(
-        worker_id=name, epoch=1, model="m", pool=role, role=role, fingerprint="f", model_digest="d",
-        engine_address=f"10.0.0.1:{name}", kv_address="", metrics_address="", capabilities=frozenset(), kv_layout="l",
-        max_model_len=100, block_size=16, num_blocks=100, max_num_seqs=8, adapters=frozenset(), vllm_version="1",
-        protocol_version=1, started_ms=NOW - 5000,
-    )  # fmt: skip
-    return replace(fixed, **changes)
+    fixed = {"epoch": 1, "engine_address": f"10.0.0.1:{name}", "vllm_version": "1", "started_ms": NOW - 5000}
+    return registered(name, role, **{**fixed, **changes})
 
 
 def worker(name: str, role: str, load: WorkerLoad | None = None, beat_ms: int = NOW, **changes: object) -> WorkerState:

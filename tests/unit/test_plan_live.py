@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.workers import worker as registered
 from typer.testing import CliRunner
 
 from joinwise.cluster.cli import plan_live
@@ -20,7 +21,7 @@ from joinwise.cluster.errors import ConfigError
 from joinwise.cluster.ledger import RequestLedger
 from joinwise.cluster.plan.advice import advise, changes
 from joinwise.cluster.plan.live import Cluster, read, seen, together
-from joinwise.cluster.router.registry import WorkerInfo, WorkerLoad, WorkerState
+from joinwise.cluster.router.registry import WorkerLoad, WorkerState
 from joinwise.cluster.simulate.pools import PoolSpec, parse_pools
 from joinwise.cluster.simulate.profile import Curve, Kind, Profile
 from joinwise.cluster.simulate.report import PERCENTILES, SLOS
@@ -44,27 +45,8 @@ MACHINE = Kind(
 
 
 def worker(name: str, role: str, pool: str = "", **load: Any) -> WorkerState:
-    info = WorkerInfo(
-        worker_id=name,
-        epoch=1,
-        model="m",
-        pool=pool or role,
-        role=role,
-        fingerprint="f",
-        model_digest="",
-        engine_address="",
-        kv_address="",
-        metrics_address="",
-        capabilities=frozenset(),
-        kv_layout="",
-        max_model_len=8192,
-        block_size=32,
-        num_blocks=2000,
-        max_num_seqs=64,
-        adapters=frozenset(),
-        vllm_version="",
-        protocol_version=1,
-        started_ms=0,
+    info = registered(
+        name, role, pool=pool or role, max_model_len=8192, block_size=32, num_blocks=2000, max_num_seqs=64
     )
     return WorkerState(info, WorkerLoad(**load), 0, 0, 0, 0, 0, 64_000)
 
