@@ -331,7 +331,9 @@ class EngineWorker:
                 recorded = await self._registry.adapters(self._model.public_name)
                 if attempt == _ADAPTER_ATTEMPTS - 1 or {each.name for each in recorded} <= self._info.adapters:
                     raise
-        self._service.identity = WorkerIdentity(self._config.cluster, self._spec.worker_id, epoch)
+        self._service.identity = self._service.identity.again(epoch)
+        if self._token:
+            await self._registry.token(self._token)
         self._registered = True
 
     async def _deregister(self) -> None:

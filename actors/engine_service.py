@@ -9,7 +9,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import grpc
 import msgspec
@@ -33,11 +33,21 @@ _MAX_QUEUED_FRAMES = 20_000
 
 @dataclass(frozen=True)
 class WorkerIdentity:
-    """Who this worker is, as it registered."""
+    """Who this worker is, as it registered.
+
+    Attributes:
+        epoch: 0 before it has.
+        former: epochs of this process before; it registers again with a Redis that has lost its data.
+    """
 
     cluster: str
     worker_id: str
     epoch: int
+    former: frozenset[int] = frozenset()
+
+    def again(self, epoch: int) -> "WorkerIdentity":
+        """The same process, registered anew."""
+        return replace(self, epoch=epoch, former=self.former | ({self.epoch} if self.epoch else frozenset()))
 
 
 @dataclass
@@ -191,7 +201,12 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
             ("vLLM version", hello.vllm_version, vllm.__version__),
             ("cluster", hello.cluster, mine.cluster),
             ("worker id", hello.worker_id, mine.worker_id),
-            ("worker epoch", hello.worker_epoch, mine.epoch),
+            # A gateway that rides out Redis' loss knows this process by the epoch that it had.
+            (
+                "worker epoch",
+                hello.worker_epoch,
+                hello.worker_epoch if hello.worker_epoch in mine.former else mine.epoch,
+            ),
         )
         for what, theirs, ours in checks:
             if theirs != ours:

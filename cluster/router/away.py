@@ -4,6 +4,9 @@ While Redis is away each gateway knows its own decisions only, so the choice is 
 tenants' limits, the queue and objectives do not hold, and what other gateways do meanwhile is not seen. What should be
 given back is kept in order and said when Redis is there again, and leases that were given out meanwhile are written
 then: each once, for scripts may be repeated and a lease is known by its id.
+
+A gap may be the workers' own: a machine that is short of time lets all heartbeats be late, and a Redis that came back
+empty knows nobody for a moment. A request that finds no live worker then waits for the first that shows itself.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import secrets
 import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -22,7 +26,7 @@ from joinwise.cluster.config_model import RouterConfig
 from joinwise.cluster.errors import JoinwiseError, NoWorkerError, OverloadedError, StoreUnavailableError
 from joinwise.cluster.router.ask import Ask
 from joinwise.cluster.router.decision import Assignment, Demand, Running, WorkerRef
-from joinwise.cluster.router.registry import WorkerState, capabilities_of
+from joinwise.cluster.router.registry import WorkerInfo, WorkerState, capabilities_of
 from joinwise.cluster.router.router import Router, samples_of
 from joinwise.cluster.store.client import store_errors
 
@@ -69,6 +73,8 @@ class SteadyRouter(Router):
         super().__init__(client, cluster, settings, clock)
         self._seen: tuple[WorkerState, ...] = ()
         self._seen_at = float("-inf")
+        self._lived: dict[str, float] = {}  # model -> when a worker of it was last known to live
+        self._looked = asyncio.Event()  # of the next look at the workers
         self._lent: dict[str, _Lent] = {}
         self._kept: deque[_Word] = deque(maxlen=_MAX_KEPT)  # of the oldest, should they be more, the leases expire
         self._returning: asyncio.Task[None] | None = None
@@ -82,9 +88,26 @@ class SteadyRouter(Router):
         """Remember the live workers, for a gap that may come; once a heartbeat."""
         if not self.away:
             self._seen, self._seen_at = live, time.monotonic()
+            self._note_alive()
+            self._looked.set()
+            self._looked = asyncio.Event()
 
     async def route(self, demand: Demand) -> Assignment:
-        """As `Router.route`; without Redis on the last snapshot, with the reason `redis_away`."""
+        """As `Router.route`; without Redis on the last snapshot, with the reason `redis_away`.
+
+        Where no worker of the model lives, but one did a moment ago, a request waits up to `worker_ttl_s` from then on.
+        """
+        until: float | None = None
+        while True:
+            try:
+                return await self._route(demand)
+            except NoWorkerError:
+                if until is None:
+                    until = self._lived.get(demand.model, float("-inf")) + self._settings.worker_ttl_s
+                if self.away or not await self._shows_itself(demand, until):
+                    raise
+
+    async def _route(self, demand: Demand) -> Assignment:
         if self.away and self._fresh():
             return self._lend(demand)
         try:
@@ -129,6 +152,22 @@ class SteadyRouter(Router):
                 raise
             self._kept.append(partial(super()._end, ask))
 
+    async def _shows_itself(self, demand: Demand, until: float) -> bool:
+        """Wait for a worker that a demand could go to; False if there is none by then, or only others of its model."""
+        while (left := until - time.monotonic()) > 0:
+            live = [each.info for each in self._seen if each.info.model == demand.model]
+            if live and not any(_suits(info, demand) for info in live):
+                return False
+            with suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    await self._looked.wait()
+                    if any(_suits(each.info, demand) for each in self._seen):
+                        return True
+        return False
+
+    def _note_alive(self) -> None:
+        self._lived.update((each.info.model, time.monotonic()) for each in self._seen)
+
     def _fresh(self) -> bool:
         return bool(self._seen) and time.monotonic() - self._seen_at <= self._settings.away_s
 
@@ -157,6 +196,7 @@ class SteadyRouter(Router):
             except JoinwiseError:
                 answered = None
         self._lent.clear()  # what could not be written yet, `adopt` of the gateway writes later
+        self._note_alive()
         self._returning = None
 
     async def _say(self) -> None:
@@ -174,8 +214,7 @@ class SteadyRouter(Router):
         pools: dict[str, list[WorkerState]] = {"prefill": [], "decode": [], "mixed": []}
         for each in self._seen:
             info = each.info
-            suits = info.model == demand.model and demand.needs <= capabilities_of(info)
-            if suits and info.worker_id not in demand.exclude and info.role in pools:
+            if _suits(info, demand) and info.role in pools:
                 pools[info.role].append(each)
                 pending[info.worker_id] = each.pending_tokens
         for lent in self._lent.values():
@@ -222,6 +261,12 @@ class SteadyRouter(Router):
         )
         self._lent[assignment.lease_id] = _Lent(assignment, demand)
         return assignment
+
+
+def _suits(info: WorkerInfo, demand: Demand) -> bool:
+    """Whether a worker could serve a demand, by what it is."""
+    able = info.model == demand.model and demand.needs <= capabilities_of(info)
+    return able and info.worker_id not in demand.exclude
 
 
 def _ref(state: WorkerState) -> WorkerRef:

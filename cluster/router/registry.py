@@ -254,10 +254,14 @@ class Registry:
         with store_errors("reading workers"):
             return tuple(_state(record) for record in await self._scripts.run("states", *worker_ids))
 
-    async def token(self) -> str:
-        """The secret that the cluster's processes show each other; made by the first that asks."""
+    async def token(self, known: str = "") -> str:
+        """The secret that the cluster's processes show each other; made by the first that asks.
+
+        Args:
+            known: what it was before; a Redis that has lost its data is told.
+        """
         with store_errors("reading the cluster's token"):
-            await self._client.set(self._keys.token, secrets.token_urlsafe(32), nx=True)
+            await self._client.set(self._keys.token, known or secrets.token_urlsafe(32), nx=True)
             return str(await self._client.get(self._keys.token))
 
     async def set_troubles(self, sentences: Sequence[str], ttl_s: int) -> None:

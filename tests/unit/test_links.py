@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
@@ -235,3 +235,17 @@ async def test_a_gateway_that_does_not_read_is_cut_off(monkeypatch: pytest.Monke
         await until(lambda: owner.lost, "the loss")
         await until(lambda: w.loop.dropped == [slot], "its requests are dropped")
         await owner.links.close()
+
+
+async def test_a_worker_that_had_to_register_again_is_known_by_its_former_epochs(owner: Owner) -> None:
+    async with worker(epoch=3) as w:
+        w.service.identity = w.service.identity.again(5).again(8)
+        for epoch in (3, 5, 8):
+            assert not (await owner.links.get(replace(w.ref, epoch=epoch))).broken
+        for epoch in (0, 4, 9):
+            with pytest.raises(WorkerLostError, match="worker epoch"):
+                await owner.links.get(replace(w.ref, epoch=epoch))
+
+
+def test_an_epoch_before_the_first_registration_is_none() -> None:
+    assert WorkerIdentity(CLUSTER, "w0", 0).again(3).former == frozenset()

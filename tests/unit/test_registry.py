@@ -124,3 +124,14 @@ async def test_troubles_are_kept_until_they_are_mended(registry: Registry, redis
     assert 0 < await redis_client.ttl(registry._keys.troubles) <= 60
     await registry.set_troubles([], 60)
     assert await registry.troubles() == ()
+
+
+async def test_the_clusters_token_outlives_a_redis_that_has_lost_it(
+    registry: Registry, redis_client: Redis, cluster_name: str
+) -> None:
+    token = await registry.token()
+    assert token and await registry.token() == token
+    assert await registry.token("another") == token  # the one that there is holds
+    await redis_client.delete(Keys(cluster_name).token)
+    assert await registry.token(token) == token
+    assert await registry.token() == token

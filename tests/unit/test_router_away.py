@@ -70,10 +70,10 @@ def server(tmp_path: Path) -> Iterator[Server]:
 class Site:
     """A gateway and workers that beat, and register again when they are not known."""
 
-    def __init__(self, url: str, make: Make) -> None:
+    def __init__(self, url: str, make: Make, settings: RouterConfig = _SETTINGS) -> None:
         self.client = connect(url, RedisConfig(timeout_s=0.2, connect_timeout_s=0.2, retries=0))
-        self.registry = Registry(self.client, "c", _SETTINGS)
-        self.router = SteadyRouter(self.client, "c", _SETTINGS)
+        self.registry = Registry(self.client, "c", settings)
+        self.router = SteadyRouter(self.client, "c", settings)
         self._infos = {name: make(name, role) for name, role in (("p", "prefill"), ("d", "decode"), ("e", "decode"))}
         self._epochs: dict[str, int] = {}
 
@@ -82,6 +82,15 @@ class Site:
             known = name in self._epochs and await self.registry.heartbeat(name, self._epochs[name], WorkerLoad())
             if not known:
                 self._epochs[name] = await self.registry.register(info)
+
+    async def vanish(self) -> None:
+        """No worker is known any more, as after heartbeats that were late, or a Redis that came back empty."""
+        for name, epoch in self._epochs.items():
+            await self.registry.deregister(name, epoch)
+
+    async def look(self) -> None:
+        """What the gateway does once a heartbeat."""
+        self.router.observe(await self.registry.states())
 
     async def pending(self) -> dict[str, int]:
         return {state.info.worker_id: state.pending_tokens for state in await self.registry.states()}
@@ -212,3 +221,41 @@ async def test_without_a_snapshot_nothing_is_guessed(server: Server, make_worker
             await call(lease)
     assert not site.router.away
     await site.client.aclose()
+
+
+async def test_workers_that_were_there_a_moment_ago_are_waited_for(site: Site) -> None:
+    await site.vanish()
+    waiting = [asyncio.create_task(site.router.route(demand(10, 10))) for _ in range(5)]
+    await site.look()
+    await asyncio.sleep(0.05)
+    assert not any(each.done() for each in waiting)
+    await site.beat()
+    await site.look()
+    leases = await asyncio.wait_for(asyncio.gather(*waiting), 1)
+    assert {chosen(each)[0] for each in leases} == {"p"}
+    for each in leases:
+        assert await site.router.settle(each)
+
+
+async def test_those_that_do_not_come_back_are_not_waited_for_long(server: Server, make_worker: Make) -> None:
+    site = Site(server.url, make_worker, _SETTINGS.model_copy(update={"worker_ttl_s": 0.3}))
+    await site.beat()
+    await site.look()
+    await site.vanish()
+    begin = time.monotonic()
+    with pytest.raises(NoWorkerError):
+        await site.router.route(demand())
+    assert 0.2 < time.monotonic() - begin < 1
+    begin = time.monotonic()  # that nobody lives is known by now
+    with pytest.raises(NoWorkerError):
+        await site.router.route(demand())
+    assert time.monotonic() - begin < 0.2
+    await site.client.aclose()
+
+
+@pytest.mark.parametrize("what", [{"needs": frozenset({"lora:tone"})}, {"exclude": frozenset("pde")}, {"model": "n"}])
+async def test_nobody_waits_for_what_nobody_had(site: Site, what: dict[str, object]) -> None:
+    begin = time.monotonic()
+    with pytest.raises(NoWorkerError):
+        await site.router.route(demand(**what))
+    assert time.monotonic() - begin < 0.2
