@@ -30,7 +30,8 @@ def runtime(project: str, lock: str) -> str:
     tools = {name_of(each) for each in extras["dev"]} - {name_of(each) for each in needed} - BUILDS_JOINWISE
     # vLLM itself uses its clients' types.
     tools -= {"openai", "anthropic", "jsonschema"}
-    return "".join(line for line in lock.splitlines(keepends=True) if name_of(line) not in tools)
+    entries = re.findall(r"(?:.*\\\n)*.*\n", lock)  # a package with its hashes is one entry of several lines
+    return "".join(entry for entry in entries if name_of(entry) not in tools)
 
 
 if __name__ == "__main__":

@@ -85,9 +85,9 @@ if [ "$have_lock" != "$want_lock" ]; then
     say "installing $(grep -c '^[a-z]' "$lock") packages of $lock (some minutes the first time)"
     if [ "$kind" = cpu ]; then install_cpu_torch; fi
     if [ -z "$have_lock" ]; then
-        "$venv/bin/python" -m pip install --no-deps -r "$lock"
+        "$venv/bin/python" -m pip install --no-deps --require-hashes -r "$lock"
     else
-        "$venv/bin/python" -m pip install --no-deps -r "$lock" | sed -u '/^Requirement already satisfied/d'
+        "$venv/bin/python" -m pip install --no-deps --require-hashes -r "$lock" | sed -u '/^Requirement already satisfied/d'
     fi
 fi
 say "installing joinwise itself"
