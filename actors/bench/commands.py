@@ -116,18 +116,22 @@ def gateway(
     json: Json = None,
 ) -> None:
     """CPU and delay between a client and an engine that costs nothing: joinwise, vLLM's server, other routers."""
-    from joinwise.actors.bench import report
+    from joinwise.actors.bench import ray_pd, report
     from joinwise.actors.bench.gateway import run
 
+    absent = ray_pd.missing()
     with _progress() as say:
         figures, rows, missing = run(requests, at_once, rounds, say, tls)
-    for line in missing:
+        if not absent:
+            split, split_rows = ray_pd.run(requests // 4, rounds, say)
+            figures, rows = figures | split, rows + split_rows
+    for line in missing + absent:
         console.print(f"not measured: {line}")
     for row in rows:
         Console().print(row)
     _show_figures("gateway", figures)
     if json is not None:
-        how = "one stub engine each (two behind other routers), 5 ms a step; every process free to run on every core"
+        how = "stub engines, 5 ms a step, processes free to run on every core; split: real engines, one core each"
         report.write(json, "gateway", figures, rows, report.machine(sides=how, at_once=at_once, requests=requests))
 
 
@@ -136,8 +140,8 @@ def goodput(
     trace: Annotated[
         list[str], typer.Option(help="FILE:PROMPT:ANSWER, a trace and the factors of its lengths; may be repeated")
     ],
-    seconds: Annotated[float, typer.Option(help="Of arrivals at each rate", min=5)] = 30.0,
-    seeds: Annotated[int, typer.Option(help="Of arrivals at each rate", min=1)] = 3,
+    requests: Annotated[int, typer.Option(help="At each rate", min=10)] = 40,
+    seeds: Annotated[int, typer.Option(help="Of requests and their arrivals", min=1)] = 3,
     json: Json = None,
 ) -> None:
     """Traffic served within limits on two cores: `auto` and `always` against two plain engines behind vllm-router."""
@@ -145,11 +149,11 @@ def goodput(
     from joinwise.actors.bench.goodput import parse, run
 
     with _progress() as say:
-        figures, rows = run([parse(each) for each in trace], seconds, seeds, say)
+        figures, rows = run([parse(each) for each in trace], requests, seeds, say)
     _show_figures("goodput", figures)
     if json is not None:
         how = "two engines on one core each on every side, idle while another is measured; the client on the same cores"
-        report.write(json, "goodput", figures, rows, report.machine(sides=how, seconds=seconds, seeds=seeds))
+        report.write(json, "goodput", figures, rows, report.machine(sides=how, requests=requests, seeds=seeds))
 
 
 @bench.command()

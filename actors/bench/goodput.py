@@ -1,13 +1,15 @@
 """`joinwise bench goodput`: how much traffic two cores serve within limits, split by phase or not.
 
 Two engines, one core each, behind joinwise with its policy `auto`; the same two as plain vLLM servers behind
-`vllm-router`; and, for information, joinwise with `split: always`. Requests arrive as in a trace whose lengths are
-scaled to the small model, whether or not earlier ones are done; prompts are random tokens, so that no cache helps.
+`vllm-router`; and, for information and with the first seed alone, joinwise with `split: always`. Requests arrive as in
+a trace whose lengths are scaled to the small model, whether or not earlier ones are done; prompts are random tokens, so
+that no cache helps.
 
 A request *attains* when its first token comes within `ttft_limit_s` and the mean of its later gaps is within
 `tpot_limit_s`. Both are multiples of what one plain engine alone needs for the trace's typical request, measured in the
 same run. The *goodput* of a side is the rate up to which 90% attain (DistServe, arXiv 2401.09670, section 2). The plain
-pair's is looked for first; then all sides meet the same arrivals at rates around it, in turns.
+pair's is looked for first; then all sides meet the same requests at rates around it, in turns. At another rate they are
+the same requests too, closer together: what differs between two rates is not who came.
 """
 
 from __future__ import annotations
@@ -65,14 +67,14 @@ class Limits:
 
 
 def run(
-    traces: Sequence[tuple[Trace, float, float]], seconds: float, seeds: int, say: Say
+    traces: Sequence[tuple[Trace, float, float]], requests: int, seeds: int, say: Say
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Run the benchmark.
 
     Args:
         traces: each with the factors of its prompts' and answers' lengths.
-        seconds: of arrivals at each rate.
-        seeds: of arrivals at each rate.
+        requests: at each rate.
+        seeds: of requests and their arrivals.
         say: is told what happens.
 
     Returns:
@@ -89,7 +91,7 @@ def run(
         urls, alone = _start(stack, Path(folder), say)
         for trace, prompt, output in traces:
             scaled = trace.scaled(prompt=prompt, output=output)
-            mine = asyncio.run(_measure(scaled, urls, alone, seconds, seeds, say))
+            mine = asyncio.run(_measure(scaled, urls, alone, requests, seeds, say))
             found.append(figures_of(mine))
             rows += mine
     worst = {"goodput_ratio_best_other": min, "attainment_margin_min": min, "p99_gap_ratio_plain_pair": max}
@@ -131,18 +133,19 @@ def _start(stack: ExitStack, folder: Path, say: Say) -> tuple[dict[str, str], st
 
 
 async def _measure(
-    trace: Trace, urls: dict[str, str], alone: str, seconds: float, seeds: int, say: Say
+    trace: Trace, urls: dict[str, str], alone: str, requests: int, seeds: int, say: Say
 ) -> list[dict[str, Any]]:
     """Rows of one trace."""
     limits = await _limits(trace, alone, say)
     for url in urls.values():
         await _one_after_another(url, trace, 4)
-    goodput = await _goodput(trace, urls[PLAIN], limits, seconds, say)
+    goodput = await _goodput(trace, urls[PLAIN], limits, requests, say)
     rows = []
     for turn, (seed, share) in enumerate(itertools.product(range(seeds), RATES)):
-        for side in list(urls) if turn % 2 else reversed(urls):
+        sides = [side for side in urls if side != ALWAYS or not seed]
+        for side in sides if turn % 2 else sides[::-1]:
             say(f"{trace.name}: {side} at {share:g} of {goodput:.2f}/s, seed {seed}")
-            row = await _load(trace, urls[side], limits, share * goodput, seconds, 1000 + turn)
+            row = await _load(trace, urls[side], limits, share * goodput, requests, seed)
             rows.append(
                 {"trace": trace.name, "side": side, "share": share, "rate": share * goodput, "seed": seed} | row
             )
@@ -170,11 +173,11 @@ async def _one_after_another(url: str, trace: Trace, count: int) -> list[Answer]
     return answers[count // 3 :]  # the first warm up
 
 
-async def _goodput(trace: Trace, url: str, limits: Limits, seconds: float, say: Say) -> float:
+async def _goodput(trace: Trace, url: str, limits: Limits, requests: int, say: Say) -> float:
     """The rate up to which 90% attain, between two rates that were tried."""
     rate, good, bad = 1.0, 0.0, 0.0
-    for step in range(_STEPS):
-        row = await _load(trace, url, limits, rate, seconds, step)
+    for _ in range(_STEPS):
+        row = await _load(trace, url, limits, rate, requests, 0)
         say(f"{trace.name}: {PLAIN} at {rate:.2f}/s attains {row['attained']:.0%}")
         if row["attained"] >= _ENOUGH:
             good = rate
@@ -188,13 +191,13 @@ async def _goodput(trace: Trace, url: str, limits: Limits, seconds: float, say: 
     return good
 
 
-async def _load(trace: Trace, url: str, limits: Limits, rate: float, seconds: float, seed: int) -> dict[str, Any]:
-    """Send what arrives in so many seconds, wait for all of it, and say how it went."""
+async def _load(trace: Trace, url: str, limits: Limits, rate: float, requests: int, seed: int) -> dict[str, Any]:
+    """Send so many requests as they arrive, wait for all of them, and say how it went."""
     rng = random.Random(seed)  # noqa: S311 - the same for all sides
     first = rng.randrange(len(trace.arrivals) // 2)
-    count = max(10, round(rate * seconds))
-    part = Trace(trace.name, trace.arrivals[first : first + count]).redrawn(rate, seed)
-    asks = [(each.at, _prompt(rng, min(each.prompt, 1500)), min(each.output, 400)) for each in part.arrivals]
+    part = Trace(trace.name, trace.arrivals[first : first + requests]).redrawn(rate, seed)
+    words = random.Random(os.urandom(8))  # noqa: S311 - other prompts in each run: no cache has them
+    asks = [(each.at, _prompt(words, min(each.prompt, 1500)), min(each.output, 400)) for each in part.arrivals]
     limit = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=_PATIENCE_S, limits=limit) as client:
         begin = time.perf_counter()

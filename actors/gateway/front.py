@@ -124,6 +124,9 @@ class _Call:
         """
         if self._replaced:
             return
+        if self.started and not self._wants_ledger:  # a stream that goes on: this runs for every token
+            await self._send(message)
+            return
         start = message["type"] == "http.response.start"
         if not self.tickets and ((start and _streams(message)) or (self._held and message.get("more_body"))):
             self._held.append(message)

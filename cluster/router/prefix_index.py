@@ -26,7 +26,7 @@ from joinwise.cluster.store.keys import Keys
 
 _BATCH = 1000
 _BLOCK_MS = 500
-_GATHER_S = 0.05  # what all workers say meanwhile is read together
+_GATHER_S = 0.1  # what all workers say meanwhile is read together
 _RETRY_S = 0.5
 
 
