@@ -26,6 +26,7 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 import ray  # noqa: E402
+from ray._private.node import Node  # noqa: E402
 from ray.exceptions import RayError, RayTaskError  # noqa: E402
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
 
@@ -87,7 +88,7 @@ def connect(config: JoinwiseConfig, *, cpus: float) -> Connection:
             "object_store_memory": _OBJECT_STORE_BYTES,
         }
     try:
-        with _own_signals():
+        with _own_signals(), _nothing_beside():
             ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         raise ConfigError(f"no Ray cluster at {address!r}: {error}") from error
@@ -106,6 +107,22 @@ def _own_signals() -> Iterator[None]:
     finally:
         for number, handler in ours.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _nothing_beside() -> Iterator[None]:
+    """Start a Ray of our own without what serves nobody there: two processes, one of which is waited for.
+
+    With `include_dashboard=False` the dashboard's process still starts, for reports of usage, which are off; and an
+    autoscaler, which has no machines to start. No option leaves them out. Joining a Ray starts neither.
+    """
+    dashboard, monitor = Node.start_api_server, Node.start_monitor
+    Node.start_api_server = lambda node, **_: setattr(node, "_webui_url", "")
+    Node.start_monitor = lambda node: None
+    try:
+        yield
+    finally:
+        Node.start_api_server, Node.start_monitor = dashboard, monitor
 
 
 def namespace(config: JoinwiseConfig) -> str:
@@ -246,18 +263,21 @@ class _Host:
                 logs.setup(config, self._log_level)
         module, _, function = self._target.partition(":")
         phases = Phases()
-        gc.disable()  # imports make some hundred thousand objects that stay: not to be looked through again and again
+        # A million objects come, and stay. Looking through them again and again took a quarter of the imports' time.
+        gc.disable()
         try:
             self._hosted = getattr(importlib.import_module(module), function)(*self._arguments)
             phases.done("imports")
-            gc.enable()
             facts = await self._hosted.start()
-            return facts, phases.seconds | self._hosted.phases.seconds
         except JoinwiseError:
             raise
         except Exception:
             logging.getLogger(__name__).exception("%s could not start", self._name)
             raise
+        finally:
+            gc.enable()
+        gc.freeze()
+        return facts, phases.seconds | self._hosted.phases.seconds
 
     async def stop(self, *arguments: Any) -> None:
         if self._hosted is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 PACKAGE_ROOTS = ("actors", "cluster", "kernels", "proto")
 # Seconds for one test, by the heaviest thing it starts; a `timeout` marker of its own goes first.
-TIMEOUTS = {"cluster": 600, "engine": 300, "model": 300, "slow": 600}
+TIMEOUTS = {"cluster": 600, "engine": 600, "model": 600, "slow": 600}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,6 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Set before anything of ours is imported: no test asks the network or touches a cluster of the user's."""
+    gc.disable()  # until torch and vLLM are there: a million objects that stay
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
@@ -40,6 +42,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         limits = [limit for mark, limit in TIMEOUTS.items() if item.get_closest_marker(mark)]
         if limits and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(max(limits)))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 class Golden:

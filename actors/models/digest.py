@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -38,22 +38,31 @@ _VOLATILE_KEYS = frozenset(
 def model_digest(folder: Path, cache: Path) -> str:
     """The digest of the model in `folder`: 32 hexadecimal digits, equal for equal content wherever it lies."""
     files = sorted(_relevant(folder))
+
+    def make() -> str:
+        total = hashlib.sha256(f"joinwise model digest {VERSION}\n".encode())
+        for file in files:
+            total.update(f"{file.name}\0{_file_digest(file)}\n".encode())
+        return total.hexdigest()[:LENGTH]
+
+    return _kept(folder, files, cache, make)
+
+
+def file_digest(file: Path, cache: Path) -> str:
+    """The digest of one weights file by the rules above: 64 hexadecimal digits."""
+    return _kept(file, [file], cache, lambda: _file_digest(file))
+
+
+def _kept(of: Path, files: list[Path], cache: Path, make: Callable[[], str]) -> str:
+    """The digest of a folder or a file: made again only when one of its files has changed."""
     stamp = _stamp(files)
-    sidecar = cache / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]}.json"
+    sidecar = cache / f"{hashlib.sha256(str(of.resolve()).encode()).hexdigest()[:32]}.json"
     kept = _read_sidecar(sidecar)
     if kept is not None and kept.get("stamp") == stamp:
         return str(kept["digest"])
-    total = hashlib.sha256(f"joinwise model digest {VERSION}\n".encode())
-    for file in files:
-        total.update(f"{file.name}\0{_file_digest(file)}\n".encode())
-    digest = total.hexdigest()[:LENGTH]
-    _write_sidecar(sidecar, {"folder": str(folder), "stamp": stamp, "digest": digest})
+    digest = make()
+    _write_sidecar(sidecar, {"folder": str(of), "stamp": stamp, "digest": digest})
     return digest
-
-
-def file_digest(file: Path) -> str:
-    """The digest of one weights file by the rules above: 64 hexadecimal digits."""
-    return _file_digest(file)
 
 
 def _relevant(folder: Path) -> Iterator[Path]:

