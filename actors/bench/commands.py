@@ -144,12 +144,18 @@ def goodput(
     seeds: Annotated[int, typer.Option(help="Of requests and their arrivals", min=1)] = 3,
     json: Json = None,
 ) -> None:
-    """Traffic served within limits on two cores: `auto` and `always` against two plain engines behind vllm-router."""
-    from joinwise.actors.bench import report
-    from joinwise.actors.bench.goodput import parse, run
+    """Traffic served within limits on two cores: `auto` and `always` against two plain engines behind vllm-router.
 
+    Rows of other traces in the JSON file are kept.
+    """
+    from joinwise.actors.bench import report
+    from joinwise.actors.bench.goodput import figures_of, parse, run
+
+    before = report.rows_of(json, "goodput") if json is not None and json.exists() else []
     with _progress() as say:
-        figures, rows = run([parse(each) for each in trace], requests, seeds, say)
+        rows = run([parse(each) for each in trace], requests, seeds, say)
+    rows = [row for row in before if row["trace"] not in {each["trace"] for each in rows}] + rows
+    figures = figures_of(rows)
     _show_figures("goodput", figures)
     if json is not None:
         how = "two engines on one core each on every side, idle while another is measured; the client on the same cores"

@@ -66,9 +66,7 @@ class Limits:
         return answer.times[0] <= self.ttft_s and (not gaps or statistics.fmean(gaps) <= self.tpot_s)
 
 
-def run(
-    traces: Sequence[tuple[Trace, float, float]], requests: int, seeds: int, say: Say
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
+def run(traces: Sequence[tuple[Trace, float, float]], requests: int, seeds: int, say: Say) -> list[dict[str, Any]]:
     """Run the benchmark.
 
     Args:
@@ -78,27 +76,20 @@ def run(
         say: is told what happens.
 
     Returns:
-        Figures, the worst over the traces; and a row for each trace, rate, side and seed.
+        A row for each trace, rate, side and seed.
 
     Raises:
         ConfigError: `vllm-router` is not on the PATH.
     """
     if shutil.which("vllm-router") is None:
         raise ConfigError("vllm-router is not on the PATH: pip install vllm-router")
-    found: list[dict[str, float]] = []
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack, tempfile.TemporaryDirectory(prefix="joinwise-bench-") as folder:
         urls, alone = _start(stack, Path(folder), say)
         for trace, prompt, output in traces:
             scaled = trace.scaled(prompt=prompt, output=output)
-            mine = asyncio.run(_measure(scaled, urls, alone, requests, seeds, say))
-            found.append(figures_of(mine))
-            rows += mine
-    worst = {"goodput_ratio_best_other": min, "attainment_margin_min": min, "p99_gap_ratio_plain_pair": max}
-    figures = {name: choose(each[name] for each in found) for name, choose in worst.items()}
-    for (trace, *_), each in zip(traces, found, strict=True):
-        figures |= {f"{name}_{trace.name}": value for name, value in each.items()}
-    return {name: round(value, 4) for name, value in figures.items()}, rows
+            rows += asyncio.run(_measure(scaled, urls, alone, requests, seeds, say))
+    return rows
 
 
 def parse(text: str) -> tuple[Trace, float, float]:
@@ -231,7 +222,20 @@ async def _ask(client: httpx.AsyncClient, begin: float, at: float, prompt: list[
 
 
 def figures_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Figures of one trace: goodput over the plain pair's, the least difference in attainment, and P99 gaps' ratio."""
+    """Figures of each trace, and the worst over all traces."""
+    found = {
+        trace: _figures_of_one([row for row in rows if row["trace"] == trace])
+        for trace in dict.fromkeys(row["trace"] for row in rows)
+    }
+    worst = {"goodput_ratio_best_other": min, "attainment_margin_min": min, "p99_gap_ratio_plain_pair": max}
+    figures = {name: choose(each[name] for each in found.values()) for name, choose in worst.items()}
+    for trace, each in found.items():
+        figures |= {f"{name}_{trace}": value for name, value in each.items()}
+    return {name: round(value, 4) for name, value in figures.items()}
+
+
+def _figures_of_one(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Goodput over the plain pair's, the least difference in attainment, and the ratio of P99 gaps."""
 
     def median(side: str, share: float, name: str) -> float:
         return statistics.median(row[name] for row in rows if row["side"] == side and row["share"] == share)
