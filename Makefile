@@ -5,7 +5,7 @@ PATHS := cluster actors kernels scripts tests setup.py
 # Extra arguments of pytest: make test ARGS="-k router -x"
 ARGS ?=
 .DEFAULT_GOAL := help
-.PHONY: help env demo models bench-models test test-unit test-gpu bench-gpu chaos fidelity helm-test security-test screenshots check check-format check-lint check-types check-imports check-proto check-size \
+.PHONY: help env demo models bench-models test test-unit test-gpu bench-gpu chaos fidelity helm-test security-test docs screenshots check check-format check-lint check-types check-imports check-proto check-docs check-size \
         format proto proto-accept-breaking golden lock wheel clean
 
 help: ## list the targets
@@ -61,10 +61,19 @@ security-test: env ## every listener's doors: credentials, TLS, limits, secrets 
 	  tests/unit/test_auth.py tests/unit/test_grpc_server.py tests/unit/test_console.py tests/unit/test_kv_frames.py \
 	  tests/unit/test_fuzz_doors.py tests/integration/test_secured.py tests/integration/test_fuzz_http.py $(ARGS)
 
+docs: env .venv-docs/ready ## build the documentation's site into site/; links are checked
+	$(PYTHON_ENV) scripts/gen_docs.py
+	.venv-docs/bin/mkdocs build --strict --clean --quiet
+
+.venv-docs/ready: requirements/docs.lock
+	$(PYTHON_ENV) -m venv --clear .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements/docs.lock
+	@touch $@
+
 screenshots: env ## pictures of /console under load into docs/images; needs a Chromium (Debian: chromium, fonts-inter)
 	.venv/bin/python scripts/screenshots.py $(ARGS)
 
-check: env check-format check-lint check-types check-imports check-proto check-size ## format, lint, types, import rules, protocols
+check: env check-format check-lint check-types check-imports check-proto check-docs check-size ## format, lint, types, import rules, protocols
 	@echo "check: all good"
 
 check-format:
@@ -82,6 +91,9 @@ check-imports:
 check-proto:
 	.venv/bin/buf lint
 	$(PYTHON_ENV) scripts/gen_proto.py --check
+
+check-docs: # the reference pages say what the code says
+	$(PYTHON_ENV) scripts/gen_docs.py --check
 
 check-size: # a warning only: a long file is a sign that two things live in one room
 	@find cluster actors kernels scripts tests \( -name '*.py' -o -name '*.lua' -o -name '*.cpp' \) -exec wc -l {} + \
@@ -107,6 +119,6 @@ wheel: env ## build the wheel into dist/
 	$(PYTHON_ENV) -m build --wheel --no-isolation
 
 clean: ## remove what was built, and the environment
-	rm -rf .venv .venv.lock build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-docs .venv.lock site build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	rm -f kernels/_native*.so
 	find cluster actors kernels proto scripts tests -name __pycache__ -prune -exec rm -rf {} +
