@@ -5,6 +5,8 @@ The work of a worker is the time that it needs for what is pending there: prompt
 batch, as the router counts it. A pool that has more than `target_s` of it for each worker all through `up_s` grows, and
 one that would have had enough with fewer all through `down_s` shrinks: the least that was needed in the one window, and
 the most in the other, as Kubernetes' autoscaler has it with its stabilization windows.
+
+A pool that lends workers to another (the router has pulled them into that one's work) has none to spare meanwhile.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ def work_s(worker: WorkerState) -> float:
 @dataclass
 class _Pool:
     settings: AutoscaleConfig
+    role: str
     workers: int
     needed: deque[tuple[float, int]] = field(default_factory=deque)
     """When, and how many workers would have been enough."""
@@ -73,7 +76,7 @@ class Autoscaler:
         """Go on with another configuration; pools keep the workers that they have, as far as it lets them."""
         before = self.workers
         self._pools = {
-            pool.name: _Pool(pool.autoscale, _within(pool.autoscale, before.get(pool.name, pool.replicas)))
+            pool.name: _Pool(pool.autoscale, pool.role, _within(pool.autoscale, before.get(pool.name, pool.replicas)))
             for pool in pools
             if pool.autoscale is not None
         }
@@ -90,21 +93,26 @@ class Autoscaler:
             The pools whose number of workers should change now, each with the reason; `workers` has the numbers.
         """
         seen: dict[str, list[float]] = {name: [] for name in self._pools}
+        lenders = set()
         for worker in workers:
-            if worker.info.pool in seen and worker.info.role != "draining":
-                seen[worker.info.pool].append(work_s(worker))
+            pool, role = worker.info.pool, worker.info.role
+            if pool in seen and role != "draining":
+                seen[pool].append(work_s(worker))
+                lenders |= {pool} if role != self._pools[pool].role else set()
         crowded = max(seen, key=lambda name: _each(seen[name]), default="") if waiting else ""
         return {
             name: why
             for name, pool in self._pools.items()
-            if (why := self._decide(pool, seen[name], waiting if name == crowded else 0, now))
+            if (why := self._decide(pool, seen[name], waiting if name == crowded else 0, name in lenders, now))
         }
 
-    def _decide(self, pool: _Pool, work: list[float], waiting: int, now: float) -> str:
+    def _decide(self, pool: _Pool, work: list[float], waiting: int, lends: bool, now: float) -> str:
         settings = pool.settings
         needed = math.ceil(sum(work) / settings.target_s)
         if waiting and len(work) == pool.workers:  # once those that were asked for are there
             needed = max(needed, pool.workers + 1)
+        if lends:
+            needed = max(needed, pool.workers)
         pool.note(now, needed)
         up = min(pool.window(now, settings.up_s), default=pool.workers)
         down = max(pool.window(now, settings.down_s), default=pool.workers)

@@ -17,6 +17,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 Rows = list[dict[str, Any]]
@@ -109,6 +110,29 @@ def verify(figure: Figure, rows: Rows) -> None:
         axes.set_ylim(bottom=0)
 
 
+def scaling(figure: Figure, rows: Rows) -> None:
+    """Pools that follow their work: what there is to do, how well it is done, and by how many workers."""
+    queue, attained, workers = figure.subplots(3, 1, sharex=True)
+    times = [row["t"] for row in rows]
+    queue.plot(times, [row["requests"] for row in rows], label="requests under way")
+    queue.plot(times, [10 * row["rate"] for row in rows], label="arrivals in 10 s", linewidth=0.8)
+    shares = [(row["t"], 100 * row["attained"]) for row in rows if row["attained"] is not None]
+    attained.plot(*zip(*shares, strict=True), color="tab:green", label="% of these within limits")
+    attained.set_ylim(0, 102)
+    for pool in [name.removesuffix("_workers") for name in rows[0] if name.endswith("_workers")]:
+        (line,) = workers.step(times, [row[f"{pool}_workers"] for row in rows], where="post", label=f"{pool} workers")
+        for what, style in (("starting", ":"), ("pulled", "--")):
+            if any(counts := [row[f"{pool}_{what}"] for row in rows]):
+                label = {"starting": "of these to come", "pulled": "that do the other pool's work"}[what]
+                workers.step(times, counts, style, where="post", color=line.get_color(), label=f"{pool}: {label}")
+    workers.set(xlabel="seconds", ylim=(0, None))
+    workers.yaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes, place in ((queue, "upper right"), (attained, "lower right"), (workers, "upper left")):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, loc=place)
+    queue.set_title("Simulated: one prefill worker, decode workers as they are needed")
+
+
 PICTURES: dict[str, Callable[[Figure, Rows], None]] = {
     "speculate": speculate,
     "kv": kv,
@@ -116,6 +140,7 @@ PICTURES: dict[str, Callable[[Figure, Rows], None]] = {
     "goodput": goodput,
     "verify": verify,
     "fidelity": fidelity,
+    "scaling": scaling,
 }
 
 
@@ -142,6 +167,7 @@ def draw(file: Path) -> Path | None:
     down, across = (len({row["trace"] for row in result["rows"]}), 2) if picture is goodput else (1, links)
     across = 2 if picture is verify else across
     across = 3 if picture is fidelity else across
+    down, across = (2, 2) if picture is scaling else (down, across)
     figure = Figure(figsize=(5 + 3 * (across - 1), 3.6 * down), layout="constrained")
     picture(figure, result["rows"])
     IMAGES.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 TraceOption = Annotated[
     str,
-    typer.Option(help="A trace (Azure or SplitwiseSim CSV, Mooncake JSONL, .gz too), or poisson:rate=2,seconds=60."),
+    typer.Option(
+        help="A trace (Azure or SplitwiseSim CSV, Mooncake JSONL, .gz), or poisson:rate=2,seconds=60 (+ joins several)."
+    ),
 ]
 ProfileOption = Annotated[
     Path | None,
@@ -64,6 +66,14 @@ def simulate(
             show_default=False,
         ),
     ] = None,
+    autoscale: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A pool that scales: pool=decode,least=1,target=5,up=10,down=60,start=60, all but the pool with these "
+            "defaults; --pools says the most. The file then has the pools over time. May be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of made traces, and of policies and failures that draw lots.")] = 0,
     json: Annotated[Path | None, typer.Option(help="Write figures to this file.", show_default=False)] = None,
 ) -> None:
@@ -74,6 +84,7 @@ def simulate(
     from joinwise.cluster.simulate.pools import parse_pools
     from joinwise.cluster.simulate.run import simulate as run
     from joinwise.cluster.simulate.run import write
+    from joinwise.cluster.simulate.scaling import parse_bounds
     from joinwise.cluster.simulate.trace import parse
 
     requests = parse(trace, seed).scaled(rate, prompt_scale, output_scale, limit)
@@ -81,12 +92,24 @@ def simulate(
         requests = requests.redrawn(poisson, seed)
     cluster, measured = parse_pools(pools), load_profile(profile, llm)
     failures = [parse_failures(text) for text in fail or ()]
+    bounds = [parse_bounds(text) for text in autoscale or ()]
     with Console(stderr=True).status("simulating"):
-        result = run(requests, cluster, measured, model=model, policy=policy, seed=seed, failures=failures)
+        result = run(
+            requests, cluster, measured, model=model, policy=policy, seed=seed, failures=failures, bounds=bounds
+        )
     Console().print(render(result))
     if json is not None:
-        about = {"trace": requests.name, "pools": pools, "model": model, "policy": policy, "llm": llm, "seed": seed}
-        write(json, result.figures, result.rows, **about, fail=fail, extrapolated=result.outcome.beyond)
+        about: dict[str, Any] = {
+            "trace": requests.name,
+            "pools": pools,
+            "model": model,
+            "policy": policy,
+            "llm": llm,
+            "seed": seed,
+        }
+        about |= {"fail": fail, "autoscale": autoscale, "extrapolated": result.outcome.beyond}
+        bench, rows = ("scaling", result.timeline) if result.timeline else ("simulate", result.rows)
+        write(json, result.figures, rows, bench=bench, **about)
 
 
 def load_profile(path: Path | None, llm: str) -> Profile:

@@ -19,7 +19,7 @@ from joinwise.cluster.config_model import RouterConfig
 from joinwise.cluster.errors import NoWorkerError
 from joinwise.cluster.router.ask import MAX_HOLDERS
 from joinwise.cluster.router.decision import Held
-from joinwise.cluster.router.registry import Registry, WorkerInfo, WorkerLoad
+from joinwise.cluster.router.registry import Registry, WorkerInfo, WorkerLoad, WorkerState
 from joinwise.cluster.router.router import Assignment, Demand, Router
 from joinwise.cluster.router.together import Together
 from joinwise.cluster.simulate.engine import Engine
@@ -156,6 +156,19 @@ class LiveRouter:
         self.flush()
         self._clock.now = now
         self._join(engine)
+
+    def leave(self, engine: Engine, now: float) -> None:
+        """Route nothing more to it; it goes on with what it has."""
+        self.flush()
+        self._clock.now = now
+        self._pipeline.one(self._registry.drain(engine.worker_id, self._epochs[engine.worker_id]))
+
+    def states(self, now: float) -> tuple[WorkerState, ...]:
+        """The workers as the registry sees them."""
+        self.flush()
+        self._clock.now = now
+        found: tuple[WorkerState, ...] = self._pipeline.one(self._registry.states())
+        return found
 
     def again(self, job: Job, now: float) -> Engine | None:
         """Ask for a worker for all of it, as a gateway does that has lost one."""

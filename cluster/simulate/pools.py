@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from joinwise.cluster.errors import ConfigError
 
-_HOMES = {"prompt": "prefill", "prefill": "prefill", "token": "decode", "decode": "decode", "mixed": "mixed"}
+#: Names of roles, with Splitwise's own.
+HOMES = {"prompt": "prefill", "prefill": "prefill", "token": "decode", "decode": "decode", "mixed": "mixed"}
 _POOL = re.compile(r"(?P<home>[a-z]+)=(?P<count>\d{1,5})x(?P<kind>[a-z0-9_.-]+)")
 
 
@@ -31,11 +32,11 @@ def parse_pools(text: str) -> tuple[PoolSpec, ...]:
     pools = []
     for part in text.split(","):
         found = _POOL.fullmatch(part.strip())
-        if found is None or found["home"] not in _HOMES:
+        if found is None or found["home"] not in HOMES:
             raise ConfigError(f"{part!r} is no pool; write prompt=25xh100, token=15xh100 or mixed=40xh100")
         if int(found["count"]) == 0:
             raise ConfigError(f"{part!r} is a pool without a machine; leave it out")
-        pools.append(PoolSpec(_HOMES[found["home"]], found["kind"], int(found["count"])))
+        pools.append(PoolSpec(HOMES[found["home"]], found["kind"], int(found["count"])))
     homes = {pool.home for pool in pools}
     if "mixed" not in homes and homes != {"prefill", "decode"}:
         raise ConfigError(

@@ -21,6 +21,7 @@ from joinwise.cluster.simulate.policy import POLICIES
 from joinwise.cluster.simulate.pools import PoolSpec
 from joinwise.cluster.simulate.profile import Profile
 from joinwise.cluster.simulate.report import figures, rows
+from joinwise.cluster.simulate.scaling import Bounds, Scaling, attainment
 from joinwise.cluster.simulate.simulator import Outcome, Simulation
 from joinwise.cluster.simulate.trace import Trace
 from joinwise.cluster.store.embedded import EmbeddedRedis
@@ -31,11 +32,16 @@ LIVE: Mapping[str, Literal["auto", "always"]] = {"auto": "auto", "always": "alwa
 
 @dataclass(frozen=True)
 class Result:
-    """A simulation's outcome, with the figures of it."""
+    """A simulation's outcome, with the figures of it.
+
+    Attributes:
+        timeline: the pools every few seconds, where some scale.
+    """
 
     outcome: Outcome
     figures: dict[str, float]
     rows: list[dict[str, Any]]
+    timeline: list[dict[str, Any]] | None = None
 
 
 def simulate(
@@ -48,6 +54,7 @@ def simulate(
     seed: int = 0,
     server: EmbeddedRedis | None = None,
     failures: Sequence[Failures] = (),
+    bounds: Sequence[Bounds] = (),
 ) -> Result:
     """Run a trace through a cluster.
 
@@ -57,10 +64,11 @@ def simulate(
         seed: of policies and failures that draw lots.
         server: a Redis for the live router; without one it starts its own.
         failures: machines that die.
+        bounds: pools that scale, with a policy of `LIVE` and without failures.
 
     Raises:
-        ConfigError: an unknown model, policy or kind, requests that no machine could hold, or failures of machines that
-            are not there.
+        ConfigError: an unknown model, policy or kind, requests that no machine could hold, failures of machines that
+            are not there, or pools that cannot scale.
         StoreStartError: the live router finds no Redis to start.
     """
     try:
@@ -68,6 +76,9 @@ def simulate(
     except KeyError:
         raise ConfigError(f"unknown model {model!r}; there are {', '.join(MODELS)}") from None
     policy = policy or assumed.policy
+    scaling: Scaling | None = None
+    if bounds and (failures or policy not in LIVE):
+        raise ConfigError(f"pools scale with the policies {' and '.join(LIVE)}, and where no machine dies")
     outages = [outage for each in failures for outage in each.outages(pools, trace.seconds, seed)]
     if policy in POLICIES:
         outcome = Simulation(
@@ -86,14 +97,21 @@ def simulate(
                 stack.callback(router.close)
                 return router
 
-            outcome = Simulation(trace, pools, profile, assumed, live, outages).run()
+            simulation = Simulation(trace, pools, profile, assumed, live, outages)
+            if bounds:
+                assert isinstance(simulation.policy, LiveRouter)
+                simulation.disruption = scaling = Scaling(simulation, simulation.policy, pools, bounds)
+            outcome = simulation.run()
     else:
         raise ConfigError(f"unknown policy {policy!r}; there are {', '.join((*LIVE, *POLICIES))}")
     found = figures(outcome, profile, assumed.tbt_over_all)
-    return Result(outcome, found, rows(outcome, pools))
+    timeline = attainment(outcome.jobs, scaling.notes, profile) if scaling else None
+    return Result(outcome, found, rows(outcome, pools), timeline)
 
 
-def write(path: Path, figures: Mapping[str, float], rows: Sequence[Mapping[str, Any]], **about: Any) -> None:
+def write(
+    path: Path, figures: Mapping[str, float], rows: Sequence[Mapping[str, Any]], bench: str = "simulate", **about: Any
+) -> None:
     """Write a result file in the form that every command of joinwise shares."""
     try:
         commit = version("joinwise")
@@ -101,5 +119,5 @@ def write(path: Path, figures: Mapping[str, float], rows: Sequence[Mapping[str, 
         commit = ""
     cores = {"cores": os.cpu_count(), "affinity": sorted(os.sched_getaffinity(0))}
     machine = {**cores, "python": platform.python_version(), **about}
-    result = {"bench": "simulate", "commit": commit, "machine": machine, "figures": figures, "rows": rows}
+    result = {"bench": bench, "commit": commit, "machine": machine, "figures": figures, "rows": rows}
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

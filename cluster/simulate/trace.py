@@ -149,9 +149,23 @@ def poisson(
 
 
 def parse(text: str, seed: int) -> Trace:
-    """A trace as a command names it: a path, or `poisson:rate=2,seconds=60,prompt=1024,output=128,spread=0.6`."""
+    """A trace as a command names it: a path, or `poisson:rate=2,seconds=60,prompt=1024,output=128,spread=0.6`; of these
+    several, with "+" between them, follow one another."""
     if not text.startswith("poisson:"):
         return load(Path(text))
+    parts = text.split("+")
+    if len(parts) == 1:
+        return _made(text, seed)[0]
+    begin, arrivals = 0.0, []
+    for number, part in enumerate(parts):
+        made, seconds = _made(part, seed + number)
+        arrivals += [each._replace(at=begin + each.at) for each in made.arrivals]
+        begin += seconds
+    return Trace(text, arrivals)
+
+
+def _made(text: str, seed: int) -> tuple[Trace, float]:
+    """One that is made, and for how long requests arrive."""
     wanted: dict[str, Callable[[str], Any]] = {
         "rate": float,
         "seconds": float,
@@ -168,7 +182,7 @@ def parse(text: str, seed: int) -> Trace:
             raise ConfigError(f"{part!r} in {text!r} is not one of {', '.join(wanted)}, with a number") from None
     if not {"rate", "seconds"} <= given.keys():
         raise ConfigError(f"{text!r} needs rate and seconds")
-    return poisson(seed=seed, **given)
+    return poisson(seed=seed, **given), given["seconds"]
 
 
 def _scaled(tokens: int, factor: float) -> int:

@@ -67,6 +67,12 @@ def test_a_pool_shrinks_after_the_longer_window_to_the_most_that_was_needed_in_i
     assert run(scaler, range(250, 400), [worker(0)]) == []
 
 
+def test_a_pool_that_lends_a_worker_has_none_to_spare():
+    scaler = Autoscaler([pool(replicas=3)])
+    assert run(scaler, range(200), [worker(0), worker(0), worker(0, role="mixed")]) == []
+    assert run(scaler, range(200, 302), [worker(0)] * 3) == [(300, 1)]  # 100 s after it came back
+
+
 def test_requests_that_wait_need_one_more_than_there_are_once_those_asked_for_are_there():
     scaler = Autoscaler([pool()])
     assert run(scaler, range(12), [worker(1)], waiting=3) == [(10, 2)]

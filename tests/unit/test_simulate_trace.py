@@ -161,3 +161,19 @@ def test_lengths_of_a_trace_come_independently() -> None:
     for rate in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ConfigError, match="above 0"):
             given.redrawn(rate, 0)
+
+
+def test_traces_that_are_made_follow_one_another() -> None:
+    both = parse("poisson:rate=5,seconds=10,prompt=10,spread=0+poisson:rate=5,seconds=20,prompt=99,spread=0", 3)
+    alone = parse("poisson:rate=5,seconds=10,prompt=10,spread=0", 3)
+    first = [each for each in both.arrivals if each.prompt == 10]
+    rest = [each for each in both.arrivals if each.prompt == 99]
+    assert first == list(alone.arrivals)
+    assert len(first) + len(rest) == len(both.arrivals)
+    assert all(10 <= each.at < 30 for each in rest)
+    assert [each.at for each in both.arrivals] == sorted(each.at for each in both.arrivals)
+
+
+def test_each_of_them_must_be_whole() -> None:
+    with pytest.raises(ConfigError, match="needs rate and seconds"):
+        parse("poisson:rate=5,seconds=10+poisson:rate=5", 0)
