@@ -5,7 +5,7 @@ PATHS := cluster actors kernels scripts tests setup.py
 # Extra arguments of pytest: make test ARGS="-k router -x"
 ARGS ?=
 .DEFAULT_GOAL := help
-.PHONY: help env demo models bench-models test test-unit test-gpu bench-gpu chaos fidelity helm-test security-test docs screenshots check check-format check-lint check-types check-imports check-proto check-docs check-size \
+.PHONY: help env demo models bench-models test test-unit test-gpu bench-gpu chaos soak fidelity helm-test security-test docs screenshots check check-format check-lint check-types check-imports check-proto check-docs check-size \
         format proto proto-accept-breaking golden lock wheel clean
 
 help: ## list the targets
@@ -38,6 +38,11 @@ SEEDS ?= 10
 chaos: env ## break a cluster under load by the schedules of ten seeds: make chaos SEEDS=10
 	@mkdir -p out
 	HF_HUB_OFFLINE=1 .venv/bin/joinwise chaos --requests 200 --seeds $(SEEDS) --json out/chaos.json $(ARGS)
+
+REQUESTS ?= 1000
+soak: env ## steady load on a cluster, and nothing may grow: make soak REQUESTS=2000
+	@mkdir -p out
+	HF_HUB_OFFLINE=1 .venv/bin/joinwise chaos --soak --requests $(REQUESTS) --rate 6 --decode 1 --json out/soak.json $(ARGS)
 
 test-gpu: env ## the tests that need a GPU: kernels, KV in device memory, engines; says what it skips, and why
 	HF_HUB_OFFLINE=1 .venv/bin/pytest -m gpu -rs tests/unit/test_kv_pack_gpu.py tests/unit/test_kv_codec.py \

@@ -8,7 +8,7 @@ import asyncio
 import re
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,14 @@ from joinwise.actors.chaos.load import Load
 from joinwise.actors.chaos.partition import cut, dropped
 from joinwise.actors.chaos.schedule import Fault, Kind
 from joinwise.actors.chaos.site import Site, idle
-from joinwise.cluster.errors import JoinwiseError
+from joinwise.cluster.errors import ConfigError, JoinwiseError
 from joinwise.cluster.router.registry import WorkerInfo
 
 _MOMENT_S = 60.0  # until the phase has come
 _DIES_S = 5.0
+_FINISH_S = 40.0  # Ray gives up a head that is gone after 60 s
+_APPLY_S = 240.0
+_CHANGED = "prefill"  # the pool that `apply` changes
 _LOOK_S = 0.005
 _PORT = re.compile(r":(\d+)")
 
@@ -40,11 +43,15 @@ class Fired:
         evidence: what proves it.
         gone: the worker that must be replaced; "" for none.
         pid: the process that must be gone in the end; 0 for none.
+        ending: all processes of the cluster, which must end by itself now and be started again; none where it goes on.
+        cut_short: streams that were midway, should have come to their end, and have not.
     """
 
     evidence: dict[str, Any]
     gone: str = ""
     pid: int = 0
+    ending: Sequence[psutil.Process] = ()
+    cut_short: int = 0
 
 
 async def strike(fault: Fault, site: Site, load: Load) -> Fired:
@@ -151,6 +158,46 @@ async def _break_redis(fault: Fault, site: Site, load: Load) -> Fired:
     return Fired({"streams_midway": midway, **keys, "outage_s": round(fault.outage_s, 2)})
 
 
+async def _apply(fault: Fault, site: Site, load: Load) -> Fired:
+    """Another engine argument for one pool: its workers are replaced, one by one, under load."""
+    midway, before, begun = load.midway, {each.worker_id for each in await site.workers(_CHANGED)}, time.monotonic()
+    config = site.config.model_copy(deep=True)
+    pool = next(each for each in config.pools if each.name == _CHANGED)
+    pool.engine["max_num_seqs"] ^= 1  # 8 or 9
+    try:
+        await asyncio.to_thread(site.apply, config, _APPLY_S)
+    except ConfigError as error:
+        raise NotFiredError(f"{fault.kind}: {error}") from error
+    now = {each.worker_id for each in await site.workers(_CHANGED)}
+    if not now or before & now:
+        raise NotFiredError(f"{fault.kind}: {sorted(before)} were there before, {sorted(now)} are now")
+    took = round(time.monotonic() - begun, 1)
+    return Fired({"streams_midway": midway, "replaced": sorted(before), "by": sorted(now), "took_s": took})
+
+
+async def _kill_launcher(fault: Fault, site: Site, load: Load) -> Fired:
+    """It is the controller too. Nothing outlives it."""
+    processes, midway = site.kept.processes(), load.midway
+    await _end(processes[0])
+    return Fired({"streams_midway": midway, "processes": len(processes)}, ending=processes)
+
+
+async def _kill_raylet(fault: Fault, site: Site, load: Load) -> Fired:
+    processes, midway = site.kept.processes(), load.midway
+    await _end(site.ray_process("raylet"))
+    return Fired({"streams_midway": midway, "processes": len(processes)}, ending=processes)
+
+
+async def _kill_head(fault: Fault, site: Site, load: Load) -> Fired:
+    """Its control store, that is. What runs ends well, before Ray gives up."""
+    processes = site.kept.processes()
+    await _end(site.ray_process("gcs_server"))
+    midway, through = await load.see_through(_FINISH_S)
+    if not midway:
+        raise NotFiredError(f"{fault.kind}: no stream was midway")
+    return Fired({"streams_midway": midway, "finished": through}, ending=processes, cut_short=midway - through)
+
+
 def _has_stopped(process: psutil.Process) -> bool:
     deadline = time.monotonic() + _DIES_S
     while process.status() != psutil.STATUS_STOPPED:
@@ -180,4 +227,8 @@ _FAULTS: dict[Kind, Callable[[Fault, Site, Load], Awaitable[Fired]]] = {
     "lose-redis": _break_redis,
     "kill-draft": _kill_draft,
     "cut-kv": _cut_kv,
+    "apply": _apply,
+    "kill-launcher": _kill_launcher,
+    "kill-raylet": _kill_raylet,
+    "kill-head": _kill_head,
 }

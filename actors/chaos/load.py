@@ -21,6 +21,8 @@ from joinwise.cluster.errors import ERRORS, InternalError, JoinwiseError
 
 #: Errors after which a client may ask again.
 AGAIN = frozenset({"overloaded", "no_worker", "store_unavailable", "worker_lost", "unreachable"})
+#: Tokens of an answer, at least and at most.
+ANSWERS = (24, 96)
 _OF_STATUS = {429: "overloaded", 502: "worker_lost", 503: "no_worker"}
 _ASK_AGAIN_S = 0.5
 _SHIFTED = 3  # equal tokens in a row elsewhere in the right answer: positions were lost or repeated
@@ -34,12 +36,12 @@ class Question:
     max_tokens: int
 
 
-def questions(count: int, seed: int = 0) -> list[Question]:
-    """Prompts of 10 to 400 random tokens, with answers of 24 to 96."""
+def questions(count: int, seed: int = 0, answers: tuple[int, int] = ANSWERS) -> list[Question]:
+    """Prompts of 10 to 400 random tokens, with answers of so many at least and at most."""
     rng = random.Random(seed)  # noqa: S311 - reproducible, not secret
     lengths = [round(10 * 40 ** rng.random()) for _ in range(count)]
     return [
-        Question(tuple(rng.randrange(1000, 40_000) for _ in range(length)), rng.randrange(24, 97)) for length in lengths
+        Question(tuple(rng.randrange(1000, 40_000) for _ in range(length)), rng.randint(*answers)) for length in lengths
     ]
 
 
@@ -115,12 +117,13 @@ class Load:
         *,
         rate: float = 2.0,
         at_once: int = 6,
-        patience_s: float = 120.0,
+        patience_s: float = 240.0,
     ) -> None:
         self._http, self._grpc, self._model = http, grpc, model
         self._asked, self._expected = asked, expected
         self._rate, self._at_once, self._patience_s = rate, at_once, patience_s
         self._streaming: dict[int, int] = {}
+        self._asking: dict[int, asyncio.Task[None]] = {}
         self._flows = asyncio.Event()
         self.outcomes: list[Outcome] = []
 
@@ -133,6 +136,18 @@ class Load:
         """Wait until there is one."""
         await self._flows.wait()
 
+    async def see_through(self, timeout_s: float) -> tuple[int, int]:
+        """Wait until the requests whose streams are midway now have ended.
+
+        Returns:
+            How many they are, and how many of them were answered right without an error from now on.
+        """
+        midway = {number: len(self.outcomes[number].errors) for number, count in self._streaming.items() if count}
+        if midway:
+            await asyncio.wait([self._asking[number] for number in midway], timeout=timeout_s)
+        ended = {number: self.outcomes[number] for number in midway}
+        return len(midway), sum(each.right and len(each.errors) == midway[number] for number, each in ended.items())
+
     async def run(self, least: int, over: asyncio.Event) -> None:
         """Ask until `least` requests have been begun and `over` is set; returns when all have ended."""
         room = asyncio.Semaphore(self._at_once)
@@ -141,7 +156,8 @@ class Load:
                 if number >= least and over.is_set():
                     return
                 await room.acquire()
-                group.create_task(self._one(number)).add_done_callback(lambda _: room.release())
+                asking = self._asking[number] = group.create_task(self._one(number))
+                asking.add_done_callback(lambda _: room.release())
                 await asyncio.sleep(1 / self._rate)
 
     async def _one(self, number: int) -> None:

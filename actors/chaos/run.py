@@ -13,27 +13,29 @@ from typing import Any
 
 import httpx
 import psutil
-import yaml
 
 from joinwise.actors.bench.link import own_network
 from joinwise.actors.bench.plain import plain_vllm
 from joinwise.actors.chaos import schedule
 from joinwise.actors.chaos.faults import NotFiredError, strike
+from joinwise.actors.chaos.kept import Kept
 from joinwise.actors.chaos.leaks import leftovers
-from joinwise.actors.chaos.load import Load, Outcome, Question, questions, stream_http
+from joinwise.actors.chaos.load import ANSWERS, Load, Outcome, Question, questions, stream_http
 from joinwise.actors.chaos.redis_server import RedisServer
 from joinwise.actors.chaos.schedule import Fault, Kind
 from joinwise.actors.chaos.site import MODEL, PLAIN_ENGINE, Site, cluster_config
-from joinwise.actors.launcher import launched
 from joinwise.actors.models import resolve_model
 from joinwise.cluster.client import AsyncClient
 
 #: Figures that must be 0.
-MUST_BE_ZERO = ("lost", "wrong", "stream_faults", "leaked", "not_fired", "not_recovered", "noticed")
+MUST_BE_ZERO = (
+    "lost", "wrong", "stream_faults", "leaked", "not_fired", "not_recovered", "cut_short", "noticed",
+)  # fmt: skip
 _RECOVERS_S = 180.0
+_ENDS_S = 120.0  # Ray gives up a head that is gone after 60 s
 _IDLE_S = 30.0
 _POLL_S = 0.2
-_TIMEOUT_S = 60.0
+TIMEOUT_S = 60.0
 _REFERENCE_AT_ONCE = 4
 Say = Callable[[str], None]
 Figures = dict[str, float]
@@ -47,6 +49,7 @@ class Settings:
         requests: at least, for each seed; load goes on while its faults last.
         seeds: each draws a schedule.
         kinds: of faults; each comes once in a schedule.
+        most: of them in a schedule, drawn too; None for all.
         prefill, decode: engines.
         draft: one more engine, which verifies what a draft actor proposes.
         distinct: questions, asked in turn.
@@ -56,6 +59,7 @@ class Settings:
     requests: int = 200
     seeds: Sequence[int] = (0,)
     kinds: Sequence[Kind] = schedule.KINDS
+    most: int | None = None
     prefill: int = 1
     decode: int = 2
     draft: bool = False
@@ -69,18 +73,25 @@ def run(settings: Settings, say: Say) -> tuple[Figures, list[dict[str, Any]]]:
     Raises:
         JoinwiseError: something could not be started.
     """
-    asked = questions(settings.distinct)
-    with tempfile.TemporaryDirectory(prefix="joinwise-chaos-") as folder:
-        say("starting plain vLLM in float32 for the right answers")
-        model = str(resolve_model(MODEL, progress=say).path)
-        with plain_vllm(
-            model, MODEL, sorted(os.sched_getaffinity(0))[:1], PLAIN_ENGINE, Path(folder) / "plain.log"
-        ) as url:
-            expected = asyncio.run(answers(url, MODEL, asked))
-        return break_one(settings, asked, expected, Path(folder), say)
+    with tempfile.TemporaryDirectory(prefix="joinwise-chaos-") as name:
+        folder = Path(name)
+        asked, expected = reference(settings, folder, say)
+        return break_one(settings, asked, expected, folder, say)
 
 
-async def answers(url: str, model: str, asked: Sequence[Question]) -> list[list[int]]:
+def reference(
+    settings: Settings, folder: Path, say: Say, *, answers: tuple[int, int] = ANSWERS
+) -> tuple[list[Question], list[list[int]]]:
+    """Questions, and what plain vLLM answers them. `answers`: least and most tokens of one."""
+    asked = questions(settings.distinct, answers=answers)
+    say("starting plain vLLM in float32 for the right answers")
+    model = str(resolve_model(MODEL, progress=say).path)
+    cores = sorted(os.sched_getaffinity(0))[:1]
+    with plain_vllm(model, MODEL, cores, PLAIN_ENGINE, folder / "plain.log") as url:
+        return asked, asyncio.run(right_answers(url, MODEL, asked))
+
+
+async def right_answers(url: str, model: str, asked: Sequence[Question]) -> list[list[int]]:
     """What an undisturbed engine answers.
 
     Raises:
@@ -92,37 +103,43 @@ async def answers(url: str, model: str, asked: Sequence[Question]) -> list[list[
         async with room:
             return [each async for ids in stream_http(client, model, question) for each in ids]
 
-    async with httpx.AsyncClient(base_url=url, timeout=_TIMEOUT_S) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S) as client:
         return await asyncio.gather(*(answer(each) for each in asked))
 
 
 def break_one(
     settings: Settings, asked: Sequence[Question], expected: Sequence[Sequence[int]], folder: Path, say: Say
 ) -> tuple[Figures, list[dict[str, Any]]]:
-    """Start a cluster, break it by the schedule of every seed, stop it. Errors as for `launched`."""
-    name = f"chaos-{os.getpid()}"
+    """Start a cluster, break it by the schedule of every seed, stop it. Errors as for `Launcher.wait_ready`."""
     with ExitStack() as stack:
         if "cut-kv" in settings.kinds:
             stack.enter_context(own_network())
-        redis = RedisServer(folder / "redis")
-        redis.start()
-        stack.callback(redis.kill)
-        config = cluster_config(name, redis.url, prefill=settings.prefill, decode=settings.decode, draft=settings.draft)
-        file, log = folder / f"{name}.yaml", folder / f"{name}.log"
-        file.touch(mode=0o600)
-        file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-        say("starting the cluster")
-        launcher, facts = stack.enter_context(launched(name, file, log))
-        site = Site(config, facts, launcher.pid, redis)
+        site = started(settings, folder, stack, say)
         rows: list[dict[str, Any]] = []
         outcomes: list[Outcome] = []
         leaked: list[str] = []
         for seed in settings.seeds:
             load_rows, ended, left = asyncio.run(_one_seed(settings, seed, site, asked, expected, say))
             rows, outcomes, leaked = rows + load_rows, outcomes + ended, leaked + left
+            say(f"seed {seed}: {figures_of(1, load_rows, ended, left)}")
             if any(row["recover_s"] is None for row in load_rows):
                 break
     return figures_of(len(settings.seeds), rows, outcomes, leaked), [*rows, *({"leaked": line} for line in leaked)]
+
+
+def started(settings: Settings, folder: Path, stack: ExitStack, say: Say) -> Site:
+    """A cluster with its Redis, which stops with the stack. Errors as for `Launcher.wait_ready`."""
+    name = f"chaos-{os.getpid()}"
+    redis = RedisServer(folder / "redis")
+    redis.start()
+    stack.callback(redis.kill)
+    config = cluster_config(name, redis.url, prefill=settings.prefill, decode=settings.decode, draft=settings.draft)
+    file = folder / f"{name}.yaml"
+    site = Site(config, file, Kept(name, file, folder), redis)
+    site.write(config)
+    say("starting the cluster")
+    stack.enter_context(site.kept)
+    return site
 
 
 def figures_of(
@@ -144,9 +161,20 @@ def figures_of(
         "noticed": errors - excused,
         "faults": len(rows),
         "not_fired": sum(not row["fired"] for row in rows),
+        "cut_short": sum(row.get("cut_short", 0) for row in rows),
         "not_recovered": sum(row["fired"] and row["recover_s"] is None for row in rows),
         "recover_s_max": round(max(recovered, default=0.0), 1),
         "tokens": sum(each.received for each in outcomes),
+    }
+
+
+def together(parts: Sequence[Figures]) -> Figures:
+    """Figures of several runs as one: the longest recovery, and of the others the sums."""
+    return {
+        name: round(max(each[name] for each in parts), 1)
+        if name == "recover_s_max"
+        else sum(each[name] for each in parts)
+        for name in parts[0]
     }
 
 
@@ -160,7 +188,7 @@ async def _one_seed(
 ) -> tuple[list[dict[str, Any]], list[Outcome], list[str]]:
     over = asyncio.Event()
     async with (
-        httpx.AsyncClient(base_url=site.http, timeout=_TIMEOUT_S) as http,
+        httpx.AsyncClient(base_url=site.http, timeout=TIMEOUT_S) as http,
         AsyncClient(site.grpc) as grpc,
         asyncio.TaskGroup() as group,
     ):
@@ -168,10 +196,10 @@ async def _one_seed(
         asking = group.create_task(load.run(settings.requests, over))
         rows = []
         try:
-            for fault in schedule.draw(seed, settings.kinds):
+            for fault in schedule.draw(seed, settings.kinds, settings.most):
                 await asyncio.sleep(fault.pause_s)
                 rows.append(row := {"seed": seed, **await _one_fault(fault, site, load)})
-                say(f"seed {seed}: {row}")
+                say(f"seed {seed}: {row['kind']}, whole after {row['recover_s']} s: {row['evidence']}")
                 if row["recover_s"] is None:
                     break
         finally:
@@ -179,7 +207,8 @@ async def _one_seed(
         await asking
     for row in rows:
         row["errors"] = dict(_met(load.outcomes, row.pop("begun"), row.pop("ended")))
-    return rows, load.outcomes, await _left(site)
+    whole = all(row["recover_s"] is not None for row in rows)  # else nobody may be there to be asked
+    return rows, load.outcomes, await left_behind(site) if whole else []
 
 
 async def _one_fault(fault: Fault, site: Site, load: Load) -> dict[str, Any]:
@@ -190,12 +219,17 @@ async def _one_fault(fault: Fault, site: Site, load: Load) -> dict[str, Any]:
         fired = await strike(fault, site, load)
     except NotFiredError as error:
         return row | {"evidence": str(error), "recover_s": await site.wait_whole("", _RECOVERS_S)}
-    row |= {"fired": True, "evidence": fired.evidence}
-    took = await site.wait_whole(fired.gone, _RECOVERS_S)
-    if took is not None and fired.pid and psutil.pid_exists(fired.pid):
-        row["evidence"] = {**fired.evidence, "still_there": fired.pid}
-        took = None
-    return row | {"recover_s": took if took is None else round(took, 1), "ended": time.monotonic()}
+    row |= {"fired": True, "evidence": fired.evidence, "cut_short": fired.cut_short}
+    struck, still_there = time.monotonic(), []
+    if fired.ending:
+        left = await asyncio.to_thread(site.kept.restart, fired.ending, _ENDS_S)
+        still_there = [each.pid for each in left]
+    whole = not still_there and await site.wait_whole(fired.gone, _RECOVERS_S) is not None
+    took = round(time.monotonic() - struck, 1)
+    still_there += [fired.pid] if fired.pid and psutil.pid_exists(fired.pid) else []
+    if still_there:
+        row["evidence"] = {**fired.evidence, "still_there": still_there}
+    return row | {"recover_s": took if whole and not still_there else None, "ended": time.monotonic()}
 
 
 def _met(outcomes: Sequence[Outcome], begun: float, ended: float) -> Counter[str]:
@@ -203,7 +237,7 @@ def _met(outcomes: Sequence[Outcome], begun: float, ended: float) -> Counter[str
     return Counter(code for each in outcomes for at, code in each.errors if begun <= at <= ended)
 
 
-async def _left(site: Site) -> list[str]:
+async def left_behind(site: Site) -> list[str]:
     """What is left of requests once they have ended; leases may take their time to expire."""
     deadline = time.monotonic() + _IDLE_S
     while found := await leftovers(site.config.cluster, site.redis.url, site.http):

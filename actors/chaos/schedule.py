@@ -7,12 +7,14 @@ from typing import Literal, get_args
 
 Kind = Literal[
     "kill-prefill", "kill-decode", "kill-gateway", "freeze-prefill", "freeze-decode", "drain-decode", "kill-redis",
-    "lose-redis", "kill-draft", "cut-kv",
+    "lose-redis", "kill-draft", "cut-kv", "apply", "kill-launcher", "kill-raylet", "kill-head",
 ]  # fmt: skip
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
+#: With these everything ends, and is started again: all actors belong to the launcher, and live on Ray's one node here.
+ENDING: frozenset[Kind] = frozenset({"kill-launcher", "kill-raylet", "kill-head"})
 #: Their clients may have to ask again: the gateway holds their connections.
-NOTICED: frozenset[Kind] = frozenset({"kill-gateway"})
+NOTICED: frozenset[Kind] = ENDING | {"kill-gateway"}
 
 _LONGEST_PAUSE_S = 2.0
 _OUTAGE_S = (2.0, 8.0)
@@ -34,8 +36,8 @@ class Fault:
     victim: float
 
 
-def draw(seed: int, kinds: Sequence[Kind] = KINDS) -> list[Fault]:
-    """Every kind once, in an order of the seed's."""
+def draw(seed: int, kinds: Sequence[Kind] = KINDS, most: int | None = None) -> list[Fault]:
+    """Every kind once, in an order of the seed's; or the first `most` of them."""
     rng = random.Random(seed)  # noqa: S311 - reproducible, not secret
-    order = rng.sample(list(kinds), len(kinds))
+    order = rng.sample(list(kinds), len(kinds))[:most]
     return [Fault(kind, rng.uniform(0, _LONGEST_PAUSE_S), rng.uniform(*_OUTAGE_S), rng.random()) for kind in order]

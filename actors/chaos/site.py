@@ -5,16 +5,20 @@ import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import grpc
 import httpx
 import psutil
+import yaml
 
+from joinwise.actors import runfile
+from joinwise.actors.bench.server import free_port
+from joinwise.actors.chaos.kept import Kept
 from joinwise.actors.chaos.redis_server import RedisServer
 from joinwise.cluster.config import JoinwiseConfig
 from joinwise.cluster.drafts import DraftInfo, Drafts
-from joinwise.cluster.errors import InternalError, StoreUnavailableError
+from joinwise.cluster.errors import ConfigError, InternalError, StoreUnavailableError
 from joinwise.cluster.router.registry import Registry, WorkerInfo
 from joinwise.cluster.store.client import connect
 from joinwise.proto import engine_pb2, engine_pb2_grpc
@@ -33,6 +37,8 @@ _ANSWER_S = 5.0
 
 def cluster_config(name: str, redis_url: str, *, prefill: int, decode: int, draft: bool = False) -> JoinwiseConfig:
     """A small cluster in float32 that notices quickly, where every request is split.
+
+    Its ports stay the same when it is started again.
 
     Args:
         name: of the cluster.
@@ -58,34 +64,54 @@ def cluster_config(name: str, redis_url: str, *, prefill: int, decode: int, draf
             "redis": {"url": redis_url},
             "kv": {"transfer_timeout_s": 5},
             "router": {"split": "always", "moves": False, "worker_ttl_s": 3, "lease_s": 10},
-            "gateway": {"http_port": 0, "grpc_port": 0, "drain_s": 20},
+            "gateway": {"http_port": free_port(), "grpc_port": free_port(), "drain_s": 20},
         }
     )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Site:
     """A running cluster of this command's own.
 
     Attributes:
-        facts: of its run file.
-        launcher: the launcher's process, whose descendants all of the cluster's are.
+        config: what it runs, now.
+        file: where that is written.
+        kept: its launcher, whose descendants all of the cluster's processes are.
     """
 
     config: JoinwiseConfig
-    facts: dict[str, Any]
-    launcher: int
+    file: Path
+    kept: Kept
     redis: RedisServer
 
     @property
     def http(self) -> str:
         """Base URL of the gateway."""
-        return str(self.facts["addresses"]["http"])
+        return str(self.kept.facts["addresses"]["http"])
 
     @property
     def grpc(self) -> str:
         """host:port of the gateway."""
-        return str(self.facts["addresses"]["grpc"])
+        return str(self.kept.facts["addresses"]["grpc"])
+
+    def write(self, config: JoinwiseConfig) -> None:
+        """Let the file say another configuration; whoever starts, or applies it, reads it."""
+        self.config = config
+        self.file.touch(mode=0o600)
+        self.file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+
+    def apply(self, config: JoinwiseConfig, timeout_s: float) -> None:
+        """Change the running cluster, as `joinwise apply` does.
+
+        Raises:
+            ConfigError: it cannot, or does not in time.
+        """
+        self.write(config)
+        wanted, deadline = runfile.wish(config.cluster, self.file), time.monotonic() + timeout_s
+        while not runfile.granted(config.cluster, wanted):
+            if time.monotonic() > deadline:
+                raise ConfigError(f"the change was not there after {timeout_s:.0f} s")
+            time.sleep(_POLL_S)
 
     async def workers(self, role: str = "") -> tuple[WorkerInfo, ...]:
         """Live workers that take requests, of a role if one is named; none while Redis does not answer."""
@@ -139,6 +165,17 @@ class Site:
                 await asyncio.sleep(_POLL_S)
         return None
 
+    def ray_process(self, name: str) -> psutil.Process:
+        """A process of the launcher's own Ray.
+
+        Raises:
+            InternalError: there is none of that name, or more than one.
+        """
+        found = [each for each in self.kept.processes() if each.name() == name]
+        if len(found) != 1:
+            raise InternalError(f"{len(found)} processes of this cluster are called {name}")
+        return found[0]
+
     def process_at(self, address: str) -> psutil.Process:
         """The process that listens at an address.
 
@@ -151,7 +188,7 @@ class Site:
         if len(owners) != 1:
             raise InternalError(f"{len(owners)} processes listen at {address}")
         found = psutil.Process(owners.pop())
-        if self.launcher not in {parent.pid for parent in found.parents()}:
+        if self.kept.launcher.pid not in {parent.pid for parent in found.parents()}:
             raise InternalError(f"process {found.pid} at {address} is not of this cluster")
         return found
 

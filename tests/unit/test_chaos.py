@@ -18,12 +18,14 @@ import pytest
 
 from joinwise.actors.bench.link import own_network
 from joinwise.actors.chaos import faults, partition, run, schedule
+from joinwise.actors.chaos.kept import Kept
 from joinwise.actors.chaos.load import Load, Outcome, Question, questions, verdict
 from joinwise.actors.chaos.redis_server import RedisServer
 from joinwise.actors.chaos.schedule import KINDS, Fault
 from joinwise.actors.chaos.site import Site, cluster_config
+from joinwise.cluster.config import load_config
 from joinwise.cluster.config_check import problems
-from joinwise.cluster.errors import InternalError
+from joinwise.cluster.errors import ConfigError, InternalError
 
 RIGHT = list(range(100, 120))
 
@@ -34,6 +36,8 @@ def test_a_seed_draws_every_fault_once_and_the_same_again() -> None:
     assert first == schedule.draw(7)
     assert len({tuple(fault.kind for fault in schedule.draw(seed)) for seed in range(10)}) > 5
     assert [fault.kind for fault in schedule.draw(3, ["kill-redis"])] == ["kill-redis"]
+    few = schedule.draw(7, most=3)
+    assert [fault.kind for fault in few] == [fault.kind for fault in first[:3]]
 
 
 def test_every_kind_can_be_struck() -> None:
@@ -146,10 +150,46 @@ async def test_it_knows_when_a_stream_is_midway() -> None:
     assert load.midway == 0 and load.outcomes[0].right
 
 
+async def test_streams_that_are_midway_are_seen_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that ends well, one that breaks and is asked again, and one that has not begun to answer."""
+    monkeypatch.setattr("joinwise.actors.chaos.load._ASK_AGAIN_S", 0)
+    go_on = asyncio.Event()
+    calls = iter(range(10))
+
+    async def body(number: int) -> Any:
+        if number < 2:
+            yield f"data: {json.dumps({'choices': [{'token_ids': RIGHT[:4]}]})}\n\n".encode()
+        await go_on.wait()
+        if number == 1:
+            yield b"data: " + json.dumps({"error": {"code": 502}}).encode() + b"\n\n"
+            return
+        rest = RIGHT[4:] if number < 2 else RIGHT
+        yield f"data: {json.dumps({'choices': [{'token_ids': rest}]})}\n\ndata: [DONE]\n\n".encode()
+
+    transport = httpx.MockTransport(lambda _: httpx.Response(200, content=body(next(calls))))
+    over = asyncio.Event()
+    over.set()
+    async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+        load = Load(client, None, "model", [Question((1,), len(RIGHT))], [RIGHT], rate=1000)
+        assert await load.see_through(0.1) == (0, 0)
+        running = asyncio.create_task(load.run(3, over))
+        async with asyncio.timeout(5):
+            while load.midway < 2 or len(load.outcomes) < 3:
+                await asyncio.sleep(0.001)
+        assert await load.see_through(0.01) == (2, 0)
+        seeing = asyncio.create_task(load.see_through(5))
+        await asyncio.sleep(0)
+        go_on.set()
+        assert await seeing == (2, 1)
+        await running
+    assert all(each.right for each in load.outcomes)
+
+
 def test_questions_are_the_same_every_time() -> None:
     asked = questions(50)
     assert asked == questions(50)
     assert {10 <= len(each.prompt) <= 400 and 24 <= each.max_tokens <= 96 for each in asked} == {True}
+    assert {1 <= each.max_tokens <= 2 for each in questions(50, answers=(1, 2))} == {True}
 
 
 # Faults.
@@ -165,7 +205,9 @@ def redis_server(tmp_path: Path) -> Any:
 
 def site_of(redis: Any, pid: int = 0) -> Site:
     config = cluster_config("chaos", "redis://127.0.0.1:1/0", prefill=1, decode=2)
-    return Site(config, {"addresses": {"http": "http://127.0.0.1:1", "grpc": "127.0.0.1:1"}}, pid, redis)
+    facts = {"addresses": {"http": "http://127.0.0.1:1", "grpc": "127.0.0.1:1"}}
+    kept: Any = SimpleNamespace(facts=facts, launcher=SimpleNamespace(pid=pid))
+    return Site(config, Path("unused"), kept, redis)
 
 
 def fault(kind: schedule.Kind) -> Fault:
@@ -268,6 +310,122 @@ async def test_the_draft_actor_is_hit(listener: Any, monkeypatch: pytest.MonkeyP
     assert not psutil.pid_exists(process.pid)
 
 
+def ending_site(monkeypatch: pytest.MonkeyPatch, process: Any) -> Site:
+    """A site whose only process is this one, whatever it is asked for."""
+    site = site_of(None, process.pid)
+    found = psutil.Process(process.pid)
+    monkeypatch.setattr(site.kept, "processes", lambda: [found], raising=False)
+    monkeypatch.setattr(Site, "ray_process", lambda self, name: found)
+    return site
+
+
+@pytest.mark.parametrize("kind", ["kill-launcher", "kill-raylet", "kill-head"])
+async def test_what_ends_everything(kind: Any, listener: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    process, _ = listener
+
+    async def see_through(_: float) -> tuple[int, int]:
+        assert not psutil.pid_exists(process.pid)
+        return 3, 2
+
+    load: Any = SimpleNamespace(midway=2, wait_midway=lambda: asyncio.sleep(0), see_through=see_through)
+    fired = await faults.strike(fault(kind), ending_site(monkeypatch, process), load)
+    assert not psutil.pid_exists(process.pid)
+    assert [each.pid for each in fired.ending] == [process.pid]
+    assert fired.cut_short == (1 if kind == "kill-head" else 0)
+
+
+async def test_a_head_that_goes_when_nothing_runs_is_no_fault(listener: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def see_through(_: float) -> tuple[int, int]:
+        return 0, 0
+
+    load: Any = SimpleNamespace(midway=0, wait_midway=lambda: asyncio.sleep(0), see_through=see_through)
+    with pytest.raises(faults.NotFiredError, match="midway"):
+        await faults.strike(fault("kill-head"), ending_site(monkeypatch, listener[0]), load)
+
+
+@pytest.mark.parametrize(
+    ("after", "said"), [(["prefill-0-2"], ""), (["prefill-0-1"], "are now"), ([], "are now"), (None, "refused")]
+)
+async def test_a_change_has_replaced_its_workers(
+    after: list[str] | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["prefill-0-1"]
+
+    async def workers(self: Site, role: str = "") -> list[Any]:
+        return [SimpleNamespace(worker_id=name) for name in names]
+
+    def apply(self: Site, config: Any, timeout_s: float) -> None:
+        if after is None:
+            raise ConfigError("refused")
+        changed = {pool.name for pool, old in zip(config.pools, self.config.pools, strict=True) if pool != old}
+        assert changed == {"prefill"} and problems(config) == []
+        names[:] = after
+
+    monkeypatch.setattr(Site, "workers", workers)
+    monkeypatch.setattr(Site, "apply", apply)
+    if said:
+        with pytest.raises(faults.NotFiredError, match=said):
+            await faults.strike(fault("apply"), site_of(None), LOAD)
+    else:
+        fired = await faults.strike(fault("apply"), site_of(None), LOAD)
+        assert (fired.evidence["replaced"], fired.evidence["by"]) == (["prefill-0-1"], ["prefill-0-2"])
+
+
+def test_a_cluster_is_started_again_once_all_of_it_has_ended(
+    listener: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process, _ = listener
+    started: list[Path] = []
+
+    class Fake:
+        pid = 1
+
+        def __init__(self, cluster: str, file: Path, log: Path) -> None:
+            started.append(log)
+
+        def wait_ready(self, timeout_s: float) -> dict[str, Any]:
+            return {"addresses": {}}
+
+        def stop(self) -> bool:
+            return len(started) > 1
+
+    monkeypatch.setattr("joinwise.actors.chaos.kept.Launcher", Fake)
+    kept = Kept("c", tmp_path / "c.yaml", tmp_path)
+    kept.start()
+    before = [psutil.Process(process.pid)]
+    assert kept.restart(before, 0.1) == before and len(started) == 1
+    process.kill()
+    assert kept.restart(before, 5) == [] and len(set(started)) == 2
+    assert kept.stop()
+    with pytest.raises(InternalError, match="did not stop"), Kept("c", tmp_path / "c.yaml", tmp_path):
+        started.clear()
+
+
+def test_the_file_of_a_cluster_says_what_it_is_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = site_of(None)
+    site.file = tmp_path / "c.yaml"
+    changed = site.config.model_copy(deep=True)
+    changed.pools[0].engine["max_num_seqs"] = 9
+    answers = iter([False, True])
+    monkeypatch.setattr("joinwise.actors.runfile.wish", lambda cluster, file: (cluster, load_config(file)))
+    monkeypatch.setattr(
+        "joinwise.actors.runfile.granted",
+        lambda cluster, wanted: wanted[1].model_dump() == changed.model_dump() and next(answers),
+    )
+    site.apply(changed, 5)
+    assert site.config == changed and next(answers, None) is None
+    assert site.file.stat().st_mode & 0o777 == 0o600  # it may hold Redis' password
+
+
+def test_a_change_that_takes_too_long_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = site_of(None)
+    site.file = tmp_path / "c.yaml"
+    monkeypatch.setattr("joinwise.actors.runfile.wish", lambda *_: None)
+    monkeypatch.setattr("joinwise.actors.runfile.granted", lambda *_: False)
+    with pytest.raises(ConfigError, match="not there after 0 s"):
+        site.apply(site.config, 0.1)
+
+
 @pytest.mark.parametrize("draft", [False, True])
 def test_its_cluster_can_work(draft: bool) -> None:
     config = cluster_config("chaos", "redis://127.0.0.1:1/0", prefill=1, decode=2, draft=draft)
@@ -338,6 +496,7 @@ def row(**more: Any) -> dict[str, Any]:
     [
         (lambda: ([row(fired=False)], [], []), "not_fired"),
         (lambda: ([row(recover_s=None)], [], []), "not_recovered"),
+        (lambda: ([row(cut_short=1)], [], []), "cut_short"),
         (lambda: ([row()], [Outcome(0, 0.0, errors=[(1.0, "no_worker")], right=True)], []), "noticed"),
         (lambda: ([row()], [Outcome(0, 0.0, wrong=True)], []), "wrong"),
         (lambda: ([row()], [Outcome(0, 0.0, torn=1)], []), "stream_faults"),
@@ -348,6 +507,17 @@ def row(**more: Any) -> dict[str, Any]:
 def test_what_must_be_zero(change: Callable[[], Any], figure: str) -> None:
     figures = run.figures_of(1, *change())
     assert [name for name in run.MUST_BE_ZERO if figures[name]] == [figure]
+
+
+def test_seeds_that_were_run_apart_count_together() -> None:
+    parts = [
+        run.figures_of(2, [row(recover_s=7.0, fired=False)], [Outcome(0, 0.0, right=True, received=5)], ["a lease"]),
+        run.figures_of(1, [row(recover_s=4.0), row()], [Outcome(0, 0.0), Outcome(1, 0.0, right=True, received=3)], []),
+    ]
+    found = run.together(parts)
+    named = {"seeds": 3, "faults": 3, "requests": 3, "right": 2, "lost": 1, "leaked": 1, "tokens": 8, "not_fired": 1}
+    assert {name: found[name] for name in named} == named
+    assert found["recover_s_max"] == 7.0
 
 
 def test_a_dead_gateway_excuses_the_errors_around_it_only() -> None:
