@@ -13,8 +13,8 @@ from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.executor import Executor
 
 from joinwise.actors.gateway.failures import note_error
-from joinwise.actors.gateway.tickets import Ticket, TicketOffice, active_ticket, call_tickets
-from joinwise.actors.vllm import split
+from joinwise.actors.gateway.tickets import Ticket, TicketOffice, active_ticket, call_terms, call_tickets
+from joinwise.actors.vllm import first_finish, split
 from joinwise.actors.vllm.core_client import ClusterCore
 from joinwise.actors.vllm.kv_events import BlockNames
 from joinwise.cluster.errors import InvalidRequestError, JoinwiseError, NotSupportedError
@@ -88,6 +88,8 @@ class ClusterLLM(AsyncLLM):
             vllm.exceptions.VLLMValidationError: what vLLM's own checks refuse.
         """
         try:
+            if (samples := call_terms.get().first_finish) > 1:
+                sampling_params = first_finish.several(sampling_params, samples)
             ticket, checked = self._ticket(prompt, sampling_params, request_id, kwargs)
         except JoinwiseError as error:
             raise note_error(error) from None
@@ -95,7 +97,8 @@ class ClusterLLM(AsyncLLM):
         if tickets is not None:
             tickets.append(ticket)
         kwargs["priority"] = ticket.demand.terms.priority
-        return self._run(ticket, checked, super().generate(prompt, sampling_params, request_id, **kwargs))
+        outputs = self._run(ticket, checked, super().generate(prompt, sampling_params, request_id, **kwargs))
+        return outputs if samples == 1 else first_finish.first(outputs)
 
     async def _run(
         self, ticket: Ticket, checked: EngineCoreRequest, outputs: AsyncGenerator[RequestOutput, None]

@@ -14,11 +14,13 @@ SESSION_HEADER = "x-session-id"
 PRIORITY_HEADER = "x-priority"
 TTFT_HEADER = "x-slo-ttft-ms"
 TPOT_HEADER = "x-slo-tpot-ms"
+FIRST_FINISH_HEADER = "x-first-finish"
 
 #: Lower is sooner, as in vLLM; each step is worth `router.ageing_s` of waiting.
 MAX_PRIORITY = 1000
 _NAME = re.compile(r"[\x21-\x7e]{1,128}")
 _MAX_OBJECTIVE_MS = 86_400_000.0
+_MAX_SAMPLES = 16
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Terms:
         priority: lower is sooner.
         slo_ttft_ms: most milliseconds to the first token; 0 is no objective.
         slo_tpot_ms: most milliseconds from token to token; 0 is no objective.
+        first_finish: samples that are made at once, of which the first that is finished is the answer.
     """
 
     tenant: str = ""
@@ -38,6 +41,7 @@ class Terms:
     priority: int = 0
     slo_ttft_ms: float = 0.0
     slo_tpot_ms: float = 0.0
+    first_finish: int = 1
 
     @classmethod
     def parse(cls, headers: Mapping[str, str]) -> Terms:
@@ -52,6 +56,7 @@ class Terms:
             priority=_priority(headers),
             slo_ttft_ms=_objective(headers, TTFT_HEADER),
             slo_tpot_ms=_objective(headers, TPOT_HEADER),
+            first_finish=_samples(headers),
         )
 
 
@@ -70,6 +75,13 @@ def _priority(headers: Mapping[str, str]) -> int:
     text = headers.get(PRIORITY_HEADER, "0")
     if not re.fullmatch(r"[+-]?[0-9]{1,4}", text) or abs(int(text)) > MAX_PRIORITY:
         raise InvalidRequestError(f"{PRIORITY_HEADER} must be a whole number from -{MAX_PRIORITY} to {MAX_PRIORITY}")
+    return int(text)
+
+
+def _samples(headers: Mapping[str, str]) -> int:
+    text = headers.get(FIRST_FINISH_HEADER, "1")
+    if not re.fullmatch(r"[0-9]{1,2}", text) or not 1 <= int(text) <= _MAX_SAMPLES:
+        raise InvalidRequestError(f"{FIRST_FINISH_HEADER} must be a whole number from 1 to {_MAX_SAMPLES}")
     return int(text)
 
 

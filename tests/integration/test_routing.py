@@ -118,9 +118,36 @@ async def test_samples_answer_as_single_requests_do(cluster: RunningCluster) -> 
         assert choice["text"] == alone["text"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_first_finished_sample_is_the_answer(cluster: RunningCluster, stream: bool) -> None:
+    """Of seeded samples, whose lengths differ by where a stop string happens to be, the shortest."""
+    asked = {"temperature": 1.0, "stop": ["e", "a"], "max_tokens": 40}
+    prompt = prompt_of(3 * BLOCK, seed=6)
+    for seed in range(0, 60, 3):
+        choices = (await complete(cluster, prompt, n=3, seed=seed, **asked, logprobs=0)).json()["choices"]
+        lengths = sorted(len(each["logprobs"]["tokens"]) for each in choices)
+        if lengths[0] + 4 <= lengths[1]:  # clear of what a late start of a sample could change
+            break
+    else:
+        pytest.fail("no seed gave samples of clearly different lengths")
+    shortest = min(choices, key=lambda each: len(each["logprobs"]["tokens"]))
+    answer = await complete(cluster, prompt, {"x-first-finish": "3"}, seed=seed, stream=stream, **asked)
+    assert answer.status_code == 200, answer.text
+    if stream:
+        lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: {")]
+        found = [choice for line in lines for choice in json.loads(line)["choices"]]
+    else:
+        found = answer.json()["choices"]
+    assert "".join(each["text"] for each in found) == shortest["text"]
+    assert [each["finish_reason"] for each in found if each["finish_reason"]] == ["stop"]
+    assert {each["index"] for each in found} == {0}
+
+
 @pytest.mark.parametrize(
     ("headers", "status", "text"),
     [
+        ({"x-first-finish": "3"}, 400, "temperature above 0"),
+        ({"x-first-finish": "many"}, 400, "x-first-finish"),
         ({"x-slo-ttft-ms": "0.001"}, 429, "objectives"),
         ({"x-slo-ttft-ms": "600000", "x-priority": "-5", "x-session-id": "s", "x-tenant-id": "t"}, 200, ""),
         ({"x-priority": "high"}, 400, "x-priority"),
@@ -143,7 +170,7 @@ async def test_a_priority_reaches_the_scheduler(cluster: RunningCluster) -> None
     finished: list[str] = []
 
     async def one(name: str, priority: int, seed: int) -> None:
-        answer = await complete(cluster, prompt_of(64, seed), max_tokens=48, priority=priority)
+        answer = await complete(cluster, prompt_of(64, seed), max_tokens=24, priority=priority)
         assert answer.status_code == 200, answer.text
         finished.append(name)
 
