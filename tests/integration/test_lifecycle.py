@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -25,7 +26,9 @@ def test_up_detached_serves_and_leaves_no_orphan_when_its_launcher_is_killed(hom
     file = home.write_config(mixed_config("detached"))
     up = home.joinwise("up", "-f", file, "--detach")
     assert up.returncode == 0, up.stderr
-    assert "is ready" in up.stderr, "progress is shown"
+    assert re.search(r"engine all-0-1 is ready after .* s: process .* imports .* engine ", up.stderr), up.stderr
+    assert re.search(r"started in .* s: imports .* Ray .* actors ", up.stderr), "and what the seconds went to"
+    assert not [line for line in home.processes() if "/dashboard.py" in line or "/monitor.py" in line]
     assert "WARNING" not in up.stderr, "what engines print is in the log"
     launcher = home.run_file("detached")["pid"]
 
