@@ -34,7 +34,7 @@ from joinwise.actors.spec import WorkerSpec
 from joinwise.cluster.autoscale import Autoscaler
 from joinwise.cluster.changes import gateway_build, refusals, worker_build
 from joinwise.cluster.config import JoinwiseConfig, load_config
-from joinwise.cluster.errors import ConfigError, JoinwiseError, StoreUnavailableError
+from joinwise.cluster.errors import ConfigError, InternalError, JoinwiseError, StoreUnavailableError
 from joinwise.cluster.reconcile import Wanted
 from joinwise.cluster.router.pulse import count_waiting
 from joinwise.cluster.router.registry import Registry, adapter_id
@@ -157,6 +157,7 @@ class Cluster:
 
         Raises:
             StoreUnavailableError: the embedded Redis has died.
+            InternalError: the node of the launcher's own Ray has.
         """
         while not stopped.is_set():
             with contextlib.suppress(TimeoutError):
@@ -165,6 +166,8 @@ class Cluster:
                     return
             if self._redis is not None and not self._redis.alive:
                 raise StoreUnavailableError("the embedded Redis has died, and all leases with it")
+            if self._ray is not None and not self._ray.alive:
+                raise InternalError("Ray's node has died, and all actors with it")
             assert self._controller is not None, "it has started"
             await self._controller.look()
             await self._tell()

@@ -25,6 +25,7 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
+import psutil  # noqa: E402
 import ray  # noqa: E402
 from ray._private.node import Node  # noqa: E402
 from ray.exceptions import RayError, RayTaskError  # noqa: E402
@@ -46,10 +47,20 @@ class Connection:
     Attributes:
         local: Ray runs on this machine alone and ends with us.
         ours: we have joined it, and leave it in `close`.
+        node: process of the node that we have started; None in somebody else's Ray.
     """
 
     local: bool
     ours: bool
+    node: psutil.Process | None = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether that node still runs: without it no actor does, and none will, however long one waits for it."""
+        try:
+            return self.node is None or self.node.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
 
     def close(self) -> None:
         """Leave the Ray cluster; a local one ends."""
@@ -92,7 +103,12 @@ def connect(config: JoinwiseConfig, *, cpus: float) -> Connection:
             ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         raise ConfigError(f"no Ray cluster at {address!r}: {error}") from error
-    return Connection(local=address == LOCAL, ours=True)
+    local = address == LOCAL
+    return Connection(local=local, ours=True, node=_own_node() if local else None)
+
+
+def _own_node() -> psutil.Process | None:
+    return next((each for each in psutil.Process().children() if each.name() == "raylet"), None)
 
 
 @contextlib.contextmanager

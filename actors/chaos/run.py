@@ -170,12 +170,8 @@ def figures_of(
 
 def together(parts: Sequence[Figures]) -> Figures:
     """Figures of several runs as one: the longest recovery, and of the others the sums."""
-    return {
-        name: round(max(each[name] for each in parts), 1)
-        if name == "recover_s_max"
-        else sum(each[name] for each in parts)
-        for name in parts[0]
-    }
+    found = {name: sum(each.get(name, 0) for each in parts) for name in parts[-1]}
+    return found | {"recover_s_max": max(each["recover_s_max"] for each in parts)}
 
 
 async def _one_seed(

@@ -13,7 +13,7 @@ import yaml
 from joinwise.actors import launch, runfile
 from joinwise.actors.controller import Controller
 from joinwise.cluster.config_model import JoinwiseConfig
-from joinwise.cluster.errors import ConfigError
+from joinwise.cluster.errors import ConfigError, InternalError
 
 
 class FakeActor:
@@ -147,3 +147,11 @@ async def test_a_wish_is_answered(site: Site, monkeypatch: pytest.MonkeyPatch, t
             await changes.end()
             asyncio.get_running_loop().remove_signal_handler(runfile.CHANGE)
     assert "changed" in site.said
+
+
+async def test_a_node_of_its_own_that_has_died_ends_the_launcher(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its actors end with it, and no other would ever start."""
+    monkeypatch.setattr(launch, "_HEALTH_EVERY_S", 0.01)
+    site.cluster._ray = SimpleNamespace(local=True, alive=False)  # type: ignore[assignment]
+    with pytest.raises(InternalError, match="node has died"):
+        await asyncio.wait_for(site.cluster.supervise(asyncio.Event()), 5)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from ray._private.node import Node
 
@@ -62,3 +65,16 @@ def test_a_ray_of_our_own_has_no_dashboard_and_no_autoscaler() -> None:
         assert node._webui_url == ""
         raise RuntimeError("as Ray may")
     assert (Node.start_api_server, Node.start_monitor) == ours
+
+
+def test_a_connection_knows_whether_its_own_node_runs() -> None:
+    process = subprocess.Popen(["sleep", "60"])
+    connection = ray_api.Connection(local=True, ours=True, node=psutil.Process(process.pid))
+    assert connection.alive
+    process.kill()
+    while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:  # nobody has buried it yet
+        time.sleep(0.001)
+    assert not connection.alive
+    process.wait()
+    assert not connection.alive
+    assert ray_api.Connection(local=False, ours=True).alive  # of somebody else's nodes we know nothing
