@@ -240,7 +240,7 @@ class EngineWorker:
             cluster=self._config.cluster,
             worker_id=self._spec.worker_id,
             vocabulary=vocabulary,
-            deadline_s=settings.deadline_ms / 1000,
+            deadline_s=settings.deadline_ms / 1000 if settings.deadline_ms is not None else None,
             adaptive=settings.adaptive,
             token=self._token,
             tls=self._config.tls,

@@ -144,8 +144,9 @@ class SpeculationConfig(Section):
     """Ids proposed for a sequence in one step, at most."""
     adaptive: bool = True
     """Choose fewer, down to none, by what steps and drafts are measured to cost and how many are accepted."""
-    deadline_ms: float = Field(default=100.0, gt=0, le=10_000)
-    """Milliseconds that a step waits for proposals at most; without an answer it is an ordinary step."""
+    deadline_ms: float | None = Field(default=None, gt=0, le=10_000)
+    """Milliseconds that a step waits for proposals at most; without an answer it is an ordinary step. None waits for as
+    long as two steps take, as they are measured."""
 
 
 class AutoscaleConfig(Section):

@@ -22,6 +22,10 @@ _FORGET_AFTER = 64
 """Rounds without a row after which a sequence is over: its request has ended, or waits for its turn."""
 _LONGEST_PAUSE = 64
 """Steps for which nothing is asked after answers that came too late."""
+_PATIENCE_STEPS, _FIRST_PATIENCE_S = 2.0, 0.1
+"""Steps' time that drafts are waited for where no limit is set: two more tokens would be there by then. Until a step
+has been seen, seconds."""
+_STEP_MEMORY = 0.9
 
 
 @dataclass(eq=False)
@@ -116,7 +120,7 @@ class Asker:
     Args:
         vocabulary: ids below it exist in the target.
         max_tokens: of a sequence, prompt and answer together.
-        patience_s: seconds that a step waits for drafts at most.
+        patience_s: seconds that a step waits for drafts at most; None waits for as long as two steps take.
         lengths: chooses how many drafts to ask for; None asks for as many as may be.
         clock: seconds; tests bring their own.
     """
@@ -126,7 +130,7 @@ class Asker:
         *,
         vocabulary: int,
         max_tokens: int,
-        patience_s: float,
+        patience_s: float | None,
         lengths: LengthChooser | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -139,6 +143,7 @@ class Asker:
         self._ended: list[int] = []
         self._given: dict[int, _Given] = {}
         self._given_at = 0.0
+        self._step_s = 0.0
         self._misses = 0
         self._pause = 0
         self._session: Session | None = None
@@ -158,6 +163,9 @@ class Asker:
         begin = self._clock()
         tracks, over = self._tracks.follow(rows)
         self._ended += over
+        if alone and self._given:
+            seconds = begin - self._given_at
+            self._step_s += (1 - _STEP_MEMORY if self._step_s else 1.0) * (seconds - self._step_s)
         if self._lengths is not None:
             self._learn(self._lengths, tracks.values(), over, begin - self._given_at if alone else None)
         drafts = self._asked_for(session, tracks, k)
@@ -186,7 +194,7 @@ class Asker:
         asked = self._round(session, wanted, rooms)
         self.figures.asked += 1
         begin = self._clock()
-        answer = session.ask(asked, self._patience_s)
+        answer = session.ask(asked, self._patience())
         waited = self._clock() - begin
         drafts = self._usable(session, asked, answer) if answer is not None else {}
         self.figures.waited_s += waited
@@ -219,6 +227,12 @@ class Asker:
                 lengths.accepted(track.number, given.drafts, gained - 1)
         if usual and self._given and seconds is not None:
             lengths.verified(sum(given.drafts + 1 for given in self._given.values()), seconds)
+
+    def _patience(self) -> float:
+        """Seconds that this step waits for drafts at most."""
+        if self._patience_s is not None:
+            return self._patience_s
+        return _PATIENCE_STEPS * self._step_s or _FIRST_PATIENCE_S
 
     def _rests(self, session: Session) -> bool:
         """Whether nothing is asked in this step: whoever was late lately is asked less often."""

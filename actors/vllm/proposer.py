@@ -38,7 +38,7 @@ class DraftSettings:
     Attributes:
         cluster, worker_id: who it is.
         vocabulary: what its token ids mean.
-        deadline_s: seconds that a step waits for drafts at most.
+        deadline_s: seconds that a step waits for drafts at most; None waits for as long as two steps take.
         adaptive: choose how many drafts to ask for by what they cost and bring.
         token: shown to draft actors; empty for none.
         tls: the cluster's certificates; None for plain text.
@@ -47,7 +47,7 @@ class DraftSettings:
     cluster: str
     worker_id: str
     vocabulary: Vocabulary
-    deadline_s: float
+    deadline_s: float | None
     adaptive: bool = True
     token: str = ""
     tls: PeerTlsConfig | None = None
@@ -113,7 +113,7 @@ class RemoteProposer:
         token_ids_cpu: np.ndarray,
         slot_mappings: Any = None,
     ) -> list[list[int]]:
-        """Called by vLLM after each step, on the stepping thread; waits for `deadline_s` at most.
+        """Called by vLLM after each step, on the stepping thread; waits for no longer than `deadline_s`.
 
         Args:
             sampled_token_ids: ids that each row of the batch gained in the step; none for a row that only prefilled.

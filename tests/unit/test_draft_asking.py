@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import grpc
 import numpy as np
@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from joinwise.actors.draft.asking import _FORGET_AFTER, Asker, Tracks
-from joinwise.actors.draft.link import DraftLink
+from joinwise.actors.draft.link import DraftLink, Session
 from joinwise.actors.draft.lookup import PromptLookup
 from joinwise.proto import draft_pb2
 
@@ -233,6 +233,25 @@ def test_one_that_is_always_late_is_asked_less_and_less() -> None:
             assert asking.drafts(session, {0: TEXT}, 4) == {}
         assert asking.figures.missed == asking.figures.asked <= 6  # after pauses of 1, 3, 7, 15 steps
         assert asking.figures.skipped + asking.figures.asked == 40
+
+
+def test_without_a_limit_a_step_waits_for_as_long_as_two_steps_take() -> None:
+    now, waits = [0.0], []
+
+    class Patient:
+        """A session that notes how long it may take, and has no drafts."""
+
+        told: ClassVar[dict[int, int]] = {}
+
+        def ask(self, asked: draft_pb2.DraftRound, patience_s: float) -> draft_pb2.DraftAnswer:
+            waits.append(patience_s)
+            return draft_pb2.DraftAnswer()
+
+    asking = Asker(vocabulary=1000, max_tokens=64, patience_s=None, clock=lambda: now[0])
+    for length, step_s in ((2, 0.4), (3, 0.4), (4, 0.0), (5, 0.0)):
+        assert asking.drafts(cast(Session, Patient()), {0: TEXT[:length]}, 4, alone=length != 5) == {}
+        now[0] += step_s
+    assert waits == pytest.approx([0.1, 0.8, 0.8, 0.8])  # the last step computed a prompt too: it says nothing
 
 
 def test_an_actor_that_has_forgotten_a_sequence_gets_it_whole() -> None:
