@@ -73,7 +73,7 @@ def test_after_any_mixture_of_accepted_and_rejected_drafts(model: Any, drafter: 
     """A target that accepts what it likes: three sequences, each step of each continued by a part of its drafts."""
     chance = random.Random(6)
     texts = {name: prompt(seed, 5 + 9 * seed) for seed, name in enumerate("abc")}
-    for _ in range(25):
+    for _ in range(15):
         asks = [ask(name, text, chance.randint(1, 5)) for name, text in texts.items() if chance.random() < 0.8]
         drafts = drafter.draft(asks)
         assert drafts == [greedy(model, each.tokens.tolist(), each.k) for each in asks]

@@ -122,7 +122,7 @@ DEATHS = st.dictionaries(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(ARRIVALS, CLUSTERS, DEATHS, st.sampled_from(sorted(POLICIES)), st.sampled_from(sorted(MODELS)))
 def test_whatever_dies_every_request_ends_or_is_told(
     arrivals: list[Arrival], pools: str, deaths: dict[int, tuple[float, float, float]], policy: str, model: str
