@@ -133,6 +133,8 @@ class DraftConfig(Section):
     """Sequences of which an actor keeps KV at once."""
     max_tokens: int = Field(default=4096, ge=16, le=1 << 20)
     """Longest sequence that is drafted for; slots x max_tokens of KV are reserved."""
+    lookup: bool = True
+    """Draft from the text itself where it repeats itself, and ask the model elsewhere; without a model it is all."""
 
 
 class SpeculationConfig(Section):

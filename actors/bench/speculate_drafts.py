@@ -14,6 +14,7 @@ from joinwise.actors.draft.causal import CausalDrafter, load_model
 from joinwise.actors.draft.desk import Desk
 from joinwise.actors.draft.drafter import Ask, Drafter
 from joinwise.actors.draft.lookup import PromptLookup
+from joinwise.actors.draft.lookup_first import LookupFirst
 from joinwise.actors.draft.service import DraftService
 from joinwise.actors.draft.vocabulary import Vocabulary
 from joinwise.actors.draft.wire import CHANNEL_OPTIONS, prefix_hash
@@ -72,14 +73,19 @@ class Drafts:
             return CausalDrafter(model, slots=_SLOTS, max_tokens=max_tokens, name="causal", threads=threads)
 
         self._replays = {name: Replay(seconds) for name, seconds in round_trips.items()}
-        drafters: dict[str, Drafter] = {"causal": causal(), "lookup": PromptLookup(), **self._replays}
+        drafters: dict[str, Drafter] = {
+            "causal": causal(),
+            "lookup": PromptLookup(),
+            "both": LookupFirst(causal()),
+            **self._replays,
+        }
         self._recorder = causal()
         self._recorder.begin()
         self._desks = {name: Desk(drafter) for name, drafter in drafters.items()}
         vocabulary = Vocabulary.read("draft", folder)
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        serving = self._serve({name: vocabulary if name == "causal" else None for name in drafters})
+        serving = self._serve({name: vocabulary if name in ("causal", "both") else None for name in drafters})
         self._addresses = asyncio.run_coroutine_threadsafe(serving, self._loop).result(30)
 
     def addresses(self) -> dict[str, str]:

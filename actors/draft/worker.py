@@ -18,6 +18,7 @@ from joinwise.actors.auth import is_loopback
 from joinwise.actors.draft.desk import Desk
 from joinwise.actors.draft.drafter import Drafter
 from joinwise.actors.draft.lookup import PromptLookup
+from joinwise.actors.draft.lookup_first import LookupFirst
 from joinwise.actors.draft.metrics import DeskMetrics
 from joinwise.actors.draft.service import DraftService
 from joinwise.actors.draft.vocabulary import Vocabulary
@@ -151,7 +152,7 @@ class DraftWorker:
             )
         except (ValueError, OSError) as error:
             raise ConfigError(f"pool {self._pool.name!r} cannot draft with {settings.model!r}: {error}") from error
-        return drafter, vocabulary
+        return LookupFirst(drafter) if settings.lookup else drafter, vocabulary
 
     async def _serve(self, service: DraftService, certificates: Certificates | None) -> str:
         self._port = GrpcPort(
