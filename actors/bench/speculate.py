@@ -4,8 +4,8 @@ Two engines in processes of their own take turns: one without `speculative_confi
 speculates, whose proposers take turns as well. The draft actors share a third process and all cores with them, so that
 what drafting costs is in every figure. Every group of prompts goes through each side once, and through the baseline
 before and after the others; tokens are compared before times. Prompts are computed beforehand: rates are of decoding.
-`lookup` and `fixed` draft by prompt lookup and by the model alone; `adaptive` is what a draft pool does by itself: lookup
-where the text repeats itself, the model elsewhere, and as many drafts as pay.
+`lookup` and `fixed` draft by prompt lookup and by the model alone; `adaptive` is what a draft pool does by itself:
+lookup where the text repeats itself, the model elsewhere, and as many drafts as pay.
 
 The sides `own_device...` are a projection: the real draft model has drafted along the answers beforehand, and what it
 drafted, wrong ids included, is replayed at no cost, as if it had a device of its own so many milliseconds away.
