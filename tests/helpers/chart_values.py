@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import yaml
-from helpers.chart import EXAMPLES, defaults, first_pool
+from helpers.chart import CHART, EXAMPLES, defaults, first_pool
 
 NO_REDIS = {"redis": {"bundled": {"enabled": False}}}
 EXTERNAL = {"redis": {"bundled": {"enabled": False}, "external": {"url": "rediss://cache.example:6380/2"}}}
@@ -70,6 +70,7 @@ PLACED = first_pool(
     priorityClassName="high",
     runtimeClassName="nvidia",
 )
+DRAFTS = yaml.safe_load((CHART / "examples" / "drafts.yaml").read_text(encoding="utf-8"))
 MODELS = {"modelStorage": {"existingClaim": "models"}}
 NO_ACCOUNT = {"serviceAccount": {"create": False}}
 SETTINGS = {
@@ -98,6 +99,11 @@ def gpu_pools() -> dict[str, Any]:
     }
     values["pools"][1]["resources"] = {"requests": {"cpu": "500m"}, "limits": {"cpu": "3500m"}}
     return {"pools": values["pools"]}
+
+
+def drafts(pool: str, **changes: Any) -> dict[str, Any]:
+    """The example with drafts, with one pool changed."""
+    return {**DRAFTS, "pools": [{**each, **changes} if each["name"] == pool else each for each in DRAFTS["pools"]]}
 
 
 VARIANTS = {

@@ -15,7 +15,7 @@ import helm_python
 import pytest
 import yaml
 from helpers.chart import CHART, ROOT, Rendered, defaults, first_pool, validate, validate_rayservice
-from helpers.chart_values import NO_REDIS, SETTINGS, VARIANTS, gpu_pools
+from helpers.chart_values import DRAFTS, NO_REDIS, SETTINGS, VARIANTS, drafts, gpu_pools
 
 from joinwise.cluster.errors import ConfigError
 
@@ -233,6 +233,19 @@ def test_bad_values_are_refused_by_the_schema(values: dict[str, Any], word: str)
         (first_pool(model="other"), "'prefill' names the model 'other'"),
         (first_pool(role="decode"), "needs workers for prefill and for decode, or mixed ones; it has: decode, decode"),
         (first_pool(replicas=0), "it has: decode"),
+        (drafts("fast", speculation=None), "'drafts' drafts for nobody"),
+        (drafts("fast", speculation={"draft": "whole"}), "'fast' asks 'whole' for drafts, which is no pool with role"),
+        (drafts("drafts", resources={"limits": {"cpu": 1, "nvidia.com/gpu": 1}}), "draft actors run on the CPU"),
+        (
+            {
+                "config": {"models": [*DRAFTS["config"]["models"], {"name": "small", "model": "m"}]},
+                "pools": [
+                    *drafts("drafts", model="small")["pools"],
+                    {**DRAFTS["pools"][0], "name": "s", "model": "small"},
+                ],
+            },
+            "'fast' serves 'coder', but 'drafts' drafts for 'small'",
+        ),
         ({"gateway": {"autoscaling": {"enabled": True, "minReplicas": 9}}}, "minReplicas .9. is more than maxReplicas"),
         ({"gateway": {"tls": {"clientCertificates": True}}}, "clientCertificates needs gateway.tls.secret"),
         ({"gateway": {"route": {"enabled": True}}}, "no parentRefs"),

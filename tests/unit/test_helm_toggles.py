@@ -11,6 +11,7 @@ from helpers.chart import ROOT, Rendered
 from helpers.chart_values import (
     API_KEYS,
     CLAIM,
+    DRAFTS,
     EXTERNAL,
     EXTERNAL_SECRET,
     INGRESS,
@@ -292,6 +293,20 @@ def test_pool_autoscaling_off(tmp_path: Path) -> None:
     rendered = Rendered()
     assert "enableInTreeAutoscaling" not in rendered("RayService")["spec"]["rayClusterConfig"]
     assert rendered.config(tmp_path).pools[0].autoscale is None
+
+
+def test_drafts_on(tmp_path: Path) -> None:
+    rendered = Rendered(DRAFTS)
+    whole, fast, drafts = rendered.config(tmp_path).pools
+    assert (fast.speculation is not None and fast.speculation.draft, whole.speculation) == ("drafts", None)
+    assert drafts.draft is not None and drafts.draft.dtype == "int8"
+    assert [pool.device for pool in (whole, fast, drafts)] == ["gpu", "gpu", "cpu"]
+    containers = {name: template["spec"]["containers"][0] for name, template in rendered.templates.items()}
+    assert containers["drafts"]["image"] != containers["fast"]["image"]
+
+
+def test_drafts_off(tmp_path: Path) -> None:
+    assert all(pool.draft is pool.speculation is None for pool in Rendered().config(tmp_path).pools)
 
 
 def test_placement_on(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 {{- define "joinwise.check" -}}
 {{- include "joinwise.check.redis" . -}}
 {{- include "joinwise.check.pools" . -}}
+{{- include "joinwise.check.drafts" . -}}
 {{- with .Values.gateway.autoscaling -}}
 {{- if and .enabled (gt (int .minReplicas) (int .maxReplicas)) -}}
 {{- fail (printf "gateway.autoscaling: minReplicas (%d) is more than maxReplicas (%d)" (int .minReplicas) (int .maxReplicas)) -}}
@@ -54,6 +55,35 @@
 {{- range $model, $roles := $models -}}
 {{- if not (or (has "mixed" $roles) (and (has "prefill" $roles) (has "decode" $roles))) -}}
 {{- fail (printf "pools: the model '%s' needs workers for prefill and for decode, or mixed ones; it has: %s" $model (join ", " $roles | default "none")) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "joinwise.check.drafts" -}}
+{{- $drafts := dict -}}
+{{- range .Values.pools -}}
+{{- if eq .role "draft" -}}
+{{- $_ := set $drafts .name .model -}}
+{{- if gt (include "joinwise.gpus" .resources | int) 0 -}}
+{{- fail (printf "pools: '%s' has GPUs, but draft actors run on the CPU" .name) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- $asked := list -}}
+{{- range $pool := .Values.pools -}}
+{{- with $pool.speculation -}}
+{{- if not (hasKey $drafts .draft) -}}
+{{- fail (printf "pools: '%s' asks '%s' for drafts, which is no pool with role draft" $pool.name .draft) -}}
+{{- end -}}
+{{- if ne (get $drafts .draft) $pool.model -}}
+{{- fail (printf "pools: '%s' serves '%s', but '%s' drafts for '%s'" $pool.name $pool.model .draft (get $drafts .draft)) -}}
+{{- end -}}
+{{- $asked = append $asked .draft -}}
+{{- end -}}
+{{- end -}}
+{{- range $name, $model := $drafts -}}
+{{- if not (has $name $asked) -}}
+{{- fail (printf "pools: '%s' drafts for nobody; name it in speculation.draft of a decode or mixed pool" $name) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
