@@ -33,6 +33,8 @@ class RequestLedger:
         replayed_step_s: how long those took.
         recomputed: a transfer failed or a worker was lost, and the prompt was computed again.
         cached_tokens: prompt tokens found in a prefix cache.
+        draft_rounds: decode steps in which drafts were verified.
+        draft_tokens, accepted_drafts: ids proposed in them, and those of them that were right.
         total_s: from rendered to the last token.
     """
 
@@ -61,6 +63,9 @@ class RequestLedger:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
+    draft_rounds: int = 0
+    draft_tokens: int = 0
+    accepted_drafts: int = 0
     finish_reason: str = ""
     total_s: float = 0.0
 

@@ -34,6 +34,7 @@ from joinwise.actors.gateway.inference import InferenceService
 from joinwise.actors.gateway.kv_links import kv_links
 from joinwise.actors.gateway.ledgers import Ledgers
 from joinwise.actors.gateway.models import Models
+from joinwise.actors.gateway.population import Population
 from joinwise.actors.gateway.served import ServedModel, Shared, serve_model
 from joinwise.actors.gateway.tickets import on_terms
 from joinwise.actors.gateway.tracing import Traces
@@ -85,6 +86,7 @@ class Gateway:
         tracing = config.tracing
         self._traces = Traces(tracing, config.cluster, self.gateway_id) if tracing is not None else None
         self._ledgers = Ledgers(REGISTRY, self._traces)
+        self._population = Population(lambda: sum(len(model.core.assignments()) for model in self._models))
         self._jobs: list[asyncio.Task[None]] = []
         self._http: uvicorn.Server | None = None
         self._http_task: asyncio.Task[None] | None = None
@@ -121,6 +123,7 @@ class Gateway:
             ledgers=self._ledgers,
             peers=self._peers,
             series=self._series,
+            traces=self._traces,
             phases=self.phases,
         )
         for model in config.models:
@@ -136,6 +139,7 @@ class Gateway:
         models.first.include_router(self._ledgers.routes())
         self._service = InferenceService(models, status=self._status, ledger=self._ledger_of, admission=on_terms)
         _RUNNING.set_function(lambda: len(self.running()))
+        REGISTRY.register(self._population)
         jobs = [self._renew(), self._expire(), self._watch()]
         jobs += [each.follow(config.router.heartbeat_s) for each in adapters]
         if config.router.prefix_events:
@@ -208,6 +212,8 @@ class Gateway:
             await model.close()
         if self._series is not None:
             self._series.close()
+        with contextlib.suppress(KeyError):  # it was never built
+            REGISTRY.unregister(self._population)
         if self._ops is not None:
             await asyncio.to_thread(self._ops.close)
         if self._traces is not None:
@@ -257,6 +263,7 @@ class Gateway:
             self._beaten = time.monotonic()
             with contextlib.suppress(JoinwiseError):
                 live = await self._registry.states()
+                self._population.observe(each.info for each in live)
                 workers = [each.info for each in live if each.info.role != "draining"]
                 alone = len(self._models) == 1
                 self._served = {each.name: each.observe(workers, alone=alone) for each in self._models}

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from vllm.v1.engine import EngineCoreOutput
 
 from joinwise.actors.gateway.convert import bare_request_id
-from joinwise.actors.gateway.tracing import Traces, trace_headers
+from joinwise.actors.gateway.tracing import Root, Traces
 from joinwise.cluster.ledger import RequestLedger
 from joinwise.cluster.router.router import Assignment
 from joinwise.proto import engine_pb2
@@ -33,16 +33,25 @@ class LedgerBuilder:
         created: monotonic time at which the request was rendered.
         routed_s: seconds that routing took.
         prompt_tokens: tokens of the prompt.
+        trace: its trace, where requests are traced.
     """
 
     def __init__(
-        self, *, request_id: str, call_id: str, model: str, created: float, routed_s: float, prompt_tokens: int
+        self,
+        *,
+        request_id: str,
+        call_id: str,
+        model: str,
+        created: float,
+        routed_s: float,
+        prompt_tokens: int,
+        trace: Root | None = None,
     ) -> None:
         self.request_id = request_id
         self.call_id = call_id
         self.model = model
         self.recomputed = False
-        self.trace_headers = trace_headers.get()  # of the call that starts the request
+        self.trace = trace
         self._created = created
         self._routed_s = routed_s
         self._prompt_tokens = prompt_tokens
@@ -54,6 +63,7 @@ class LedgerBuilder:
         self._output_tokens = 0
         self._replayed = 0
         self._replayed_step_s = 0.0
+        self._draft_rounds = self._draft_tokens = self._accepted_drafts = 0
         self._scheduled: float | None = None
         self._finished = created
         self._reason = ""
@@ -80,6 +90,10 @@ class LedgerBuilder:
         for event in output.events or ():
             if event.type == 2 and self._scheduled is None:  # SCHEDULED
                 self._scheduled = event.timestamp
+        if (drafts := output.spec_decode_metrics) is not None:
+            self._draft_rounds += sum(drafts.histogram)
+            self._draft_tokens += drafts.num_draft_tokens
+            self._accepted_drafts += sum(right * rounds for right, rounds in enumerate(drafts.histogram))
         if output.new_token_ids:
             self._token_times.append(now)
             self._output_tokens += len(output.new_token_ids)
@@ -88,11 +102,6 @@ class LedgerBuilder:
         """The request has ended."""
         self._reason = reason
         self._finished = now
-
-    @property
-    def finished_at(self) -> float:
-        """Monotonic time of the end; while it runs, of the beginning."""
-        return self._finished
 
     def build(self) -> RequestLedger:
         """The ledger as it stands."""
@@ -129,6 +138,9 @@ class LedgerBuilder:
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
             output_tokens=self._output_tokens,
+            draft_rounds=self._draft_rounds,
+            draft_tokens=self._draft_tokens,
+            accepted_drafts=self._accepted_drafts,
             finish_reason=self._reason,
             total_s=self._finished - self._created,
         )
@@ -191,8 +203,8 @@ class Ledgers:
         self._requests.labels(ledger.finish_reason, str(ledger.prefill_worker is not None).lower()).inc()
         if ledger.recomputed:
             self._recomputed.inc()
-        if self._traces is not None:
-            self._traces.add(ledger, builder.trace_headers, builder.finished_at)
+        if self._traces is not None and builder.trace is not None:
+            self._traces.end(builder.trace, ledger)
 
     def get(self, request_id: str) -> RequestLedger | None:
         """The ledger of a request that has ended lately."""

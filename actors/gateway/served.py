@@ -27,6 +27,7 @@ from joinwise.actors.gateway.front import error_body, error_headers
 from joinwise.actors.gateway.ledgers import Ledgers
 from joinwise.actors.gateway.links import Links
 from joinwise.actors.gateway.tickets import TicketOffice
+from joinwise.actors.gateway.tracing import Traces
 from joinwise.actors.gateway.utilities import Utilities
 from joinwise.actors.models import resolve_model
 from joinwise.actors.phases import Phases
@@ -59,6 +60,7 @@ class Shared:
     ledgers: Ledgers
     peers: Certificates | None
     series: ModelSeries | None
+    traces: Traces | None
     phases: Phases
 
 
@@ -137,6 +139,7 @@ async def serve_model(model: ModelConfig, shared: Shared, beside: FastAPI | None
         on_ledger=shared.ledgers.add,
         transfer_timeout_s=config.kv.transfer_timeout_s,
         in_turn=config.kv.transport == "nixl",
+        traces=shared.traces,
     )
     if vllm_config.model_config.max_model_len != worker.max_model_len:
         arguments["max_model_len"] = worker.max_model_len

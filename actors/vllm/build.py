@@ -49,6 +49,7 @@ def worker_config(
     }
     if drafts:  # vLLM takes no logits processor beside speculation: `plain` does without replay
         ours["speculative_config"] = speculation(drafts)
+        ours["per_request_spec_decode_metrics"] = "summary"  # for ledgers
     else:
         ours["logits_processors"] = [REPLAY]
     defaults: dict[str, Any] = {

@@ -28,6 +28,7 @@ from joinwise.actors.gateway.failures import note_error
 from joinwise.actors.gateway.ledgers import LedgerBuilder
 from joinwise.actors.gateway.links import Links
 from joinwise.actors.gateway.tickets import Ticket, active_ticket
+from joinwise.actors.gateway.tracing import Traces
 from joinwise.actors.gateway.utilities import Utilities
 from joinwise.actors.vllm import nixl, split
 from joinwise.actors.vllm.handoff import Handoff
@@ -71,6 +72,7 @@ class ClusterCore(EngineCoreClient):
         on_ledger: gets the finished ledger of every request.
         transfer_timeout_s: seconds without a frame after which a KV transfer that has begun has failed.
         in_turn: the decode worker is asked when the prefill worker has ended, with what that hands over; see `nixl`.
+        traces: begins a trace for each request, whose context the engines are told where it is sampled.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class ClusterCore(EngineCoreClient):
         on_ledger: Callable[[str, LedgerBuilder], None],
         transfer_timeout_s: float,
         in_turn: bool = False,
+        traces: Traces | None = None,
     ) -> None:
         self.engine_ranks_managed = [0]
         self.resources = SimpleNamespace(engine_dead=False)
@@ -91,6 +94,7 @@ class ClusterCore(EngineCoreClient):
         self._on_ledger = on_ledger
         self._transfer_timeout_s = transfer_timeout_s
         self._in_turn = in_turn
+        self._traces = traces
         self._outputs: asyncio.Queue[EngineCoreOutputs] = asyncio.Queue()
         self._live: dict[str, _Live] = {}
         self._background: set[asyncio.Task[Any]] = set()
@@ -133,6 +137,9 @@ class ClusterCore(EngineCoreClient):
             self._emit_error(request.request_id)
             return
         assert request.sampling_params is not None
+        trace = self._traces.begin(ticket.created) if self._traces is not None else None
+        if trace is not None:
+            request.trace_headers = trace.headers if trace.sampled else None
         ledger = LedgerBuilder(
             request_id=request.request_id,
             call_id=request.external_req_id or request.request_id,
@@ -140,6 +147,7 @@ class ClusterCore(EngineCoreClient):
             created=ticket.created,
             routed_s=ticket.routed_s,
             prompt_tokens=len(request.prompt_token_ids or ()),
+            trace=trace,
         )
         live = _Live(request, ticket, assignment, split.Merge(request.sampling_params.max_tokens), ledger)
         self._live[request.request_id] = live
@@ -310,10 +318,13 @@ class ClusterCore(EngineCoreClient):
             return None
         merged.request_id = request_id
         live.ledger.produced(merged, now)
+        merged.spec_decode_metrics = None  # asked for by us: clients see it in the ledger
         if live.merge.finished:
             if part == "p":
                 self._abort_part(live.assignment.decode, live.decode_id)
             self._end(live, str(merged.finish_reason))
+            if live.ledger.trace is not None:  # for vLLM's own span of the request: of one not sampled it makes none
+                merged.trace_headers = live.ledger.trace.headers
         return merged
 
     def _prefill_ended(self, live: _Live, handed: dict[str, Any] | None) -> None:

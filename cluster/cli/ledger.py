@@ -30,11 +30,15 @@ _ROWS = (
     ("prompt_tokens", "prompt tokens", ""),
     ("cached_tokens", "of them cached", ""),
     ("output_tokens", "output tokens", ""),
+    ("draft_rounds", "steps with drafts", ""),
+    ("draft_tokens", "drafts", ""),
+    ("accepted_drafts", "of them right", ""),
     ("finish_reason", "ended by", ""),
     ("recomputed", "recomputed", ""),
     ("total_s", "total", ""),
 )
 _HIDDEN = frozenset({"version", "request_id", "model", "attempt", "arrived"})
+_ONLY_IF_ANY = frozenset({"recomputed", "draft_rounds", "draft_tokens", "accepted_drafts"})
 
 
 def render_ledger(ledger: Mapping[str, Any]) -> Table:
@@ -49,7 +53,7 @@ def render_ledger(ledger: Mapping[str, Any]) -> Table:
     extra = tuple((name, name.replace("_", " "), "") for name in ledger if name not in known | _HIDDEN)
     for name, label, note in (*_ROWS, *extra):
         value = ledger.get(name)
-        if value is None or value == "" or (name == "recomputed" and not value):
+        if value is None or value == "" or (name in _ONLY_IF_ANY and not value):
             continue
         table.add_row(label, quantity(name, value), note)
     return table

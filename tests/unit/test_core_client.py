@@ -7,15 +7,21 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from joinwise.actors.gateway.failures import NotedErrors
+from joinwise.actors.gateway.ledgers import LedgerBuilder
 from joinwise.actors.gateway.tickets import Ticket, active_ticket
+from joinwise.actors.gateway.tracing import Traces, trace_headers
 from joinwise.actors.vllm import nixl
 from joinwise.actors.vllm.core_client import ClusterCore
 from joinwise.actors.vllm.handoff import Handoff, replay_of
+from joinwise.cluster.config import TracingConfig
 from joinwise.cluster.errors import JoinwiseError, NoWorkerError, PoisonError, StoreUnavailableError, WorkerLostError
 from joinwise.cluster.router.router import Assignment, Demand, WorkerRef, samples_of
 from joinwise.proto import engine_pb2
@@ -107,14 +113,19 @@ class World:
     def __init__(self, **options: Any) -> None:
         self.router, self.links = FakeRouter(), FakeLinks()
         self.ended: list[str] = []
+        self.ledgers: list[LedgerBuilder] = []
         self.core = ClusterCore(
             self.router,  # type: ignore[arg-type]
             self.links,  # type: ignore[arg-type]
             None,  # type: ignore[arg-type]
-            on_ledger=lambda request_id, ledger: self.ended.append(request_id),
+            on_ledger=self._ended,
             transfer_timeout_s=5.0,
             **options,
         )
+
+    def _ended(self, request_id: str, ledger: LedgerBuilder) -> None:
+        self.ended.append(request_id)
+        self.ledgers.append(ledger)
 
     async def add(
         self, assignment: Assignment, request_id: str = "r", ticket: Ticket | None = None, **params: Any
@@ -147,9 +158,12 @@ class World:
         *tokens: int,
         finish: FinishReason | None = None,
         handed: dict[str, Any] | None = None,
+        drafts: RequestSpecDecodeMetrics | None = None,
     ) -> None:
         """A worker's frame with one output."""
-        output = EngineCoreOutput(part, list(tokens), finish_reason=finish, kv_transfer_params=handed)
+        output = EngineCoreOutput(
+            part, list(tokens), finish_reason=finish, kv_transfer_params=handed, spec_decode_metrics=drafts
+        )
         outputs = EngineCoreOutputs(outputs=[output])
         buffers = [bytes(buffer) for buffer in MsgpackEncoder().encode(outputs)]
         self.core.on_message(worker, engine_pb2.AttachResponse(frame=engine_pb2.Frame(outputs=buffers)))
@@ -222,6 +236,42 @@ async def test_a_split_request_from_end_to_end(world: World) -> None:
     assert (world.router.released, world.router.settled, world.ended) == (["l"], ["l"], ["r"])
     assert world.links.links[P].summary == [("add", "r.0.p")]
     assert world.core.running == []
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+async def test_both_engines_are_told_the_trace_and_vllm_s_own_span_joins_it(sampled: bool) -> None:
+    """From the caller's `traceparent` to the spans, over what is sent to the workers and given to vLLM's front end."""
+    spans = InMemorySpanExporter()
+    settings = TracingConfig(endpoint="http://collector:4317", sample_ratio=1.0)
+    traces = Traces(settings, "demo", "gateway-1", SimpleSpanProcessor(spans))
+    world = World(traces=traces)
+    caller = f"00-{'ab' * 16}-{'cd' * 8}-0{int(sampled)}"
+    token = trace_headers.set({"traceparent": caller})
+    await world.add(lease("l", P, D))
+    trace_headers.reset(token)
+    told = [world.links.links[worker].sent[0][1].trace_headers for worker in (P, D)]
+    world.says(P, "r.0.p", 11, finish=FinishReason.LENGTH)
+    world.says(D, "r.0.d", 11)
+    drafts = RequestSpecDecodeMetrics.new(2)
+    drafts.observe(2, 1)
+    world.says(D, "r.0.d", 12, 13, finish=FinishReason.STOP, drafts=drafts)
+    await world.settle_down()
+    *_, last = [each for _ in range(world.core._outputs.qsize()) for each in world.core._outputs.get_nowait().outputs]
+    (builder,) = world.ledgers
+    assert builder.trace is not None and last.trace_headers == builder.trace.headers
+    assert last.spec_decode_metrics is None  # in the ledger instead
+    traces.end(builder.trace, builder.build())
+    if not sampled:
+        assert told == [None, None] and builder.trace.headers["traceparent"].endswith("-00")
+        assert not spans.get_finished_spans()
+        return
+    found = {span.name: span for span in spans.get_finished_spans()}
+    assert found.keys() == {"request", "route", "queue", "prefill", "decode", "draft"}
+    context = found["request"].context
+    assert context is not None
+    expected = {"traceparent": f"00-{'ab' * 16}-{context.span_id:016x}-01"}
+    assert told == [expected, expected] and builder.trace.headers == expected
+    assert (found["draft"].attributes or {})["joinwise.draft.accepted"] == 1
 
 
 HANDED = {"do_remote_prefill": True, "remote_block_ids": [[4, 5]], "remote_engine_id": "p"}

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,14 +15,19 @@ import yaml
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from helpers.certificates import Authority
+from opentelemetry import trace
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
+from vllm.tracing import extract_trace_context
+from vllm.v1.engine import EngineCoreOutput
+from vllm.v1.metrics.stats import RequestSpecDecodeMetrics
 
 from joinwise.actors.gateway.federate import Federation
 from joinwise.actors.gateway.ledgers import LedgerBuilder, Ledgers
-from joinwise.actors.gateway.tracing import Traces, headers_of, trace_headers
+from joinwise.actors.gateway.population import Population
+from joinwise.actors.gateway.tracing import Root, Traces, headers_of, trace_headers
 from joinwise.actors.kv.metrics import KvMetrics
 from joinwise.actors.ops import OpsServer
 from joinwise.actors.tls import Certificates
@@ -61,12 +67,22 @@ def ledger(**changes: Any) -> RequestLedger:
     return RequestLedger(**{**usual, **changes})
 
 
+def write(traced: Traces, account: RequestLedger, headers: dict[str, str]) -> Root:
+    """The trace of a request that has just ended, below `headers`."""
+    token = trace_headers.set(headers_of(headers))
+    try:
+        root = traced.begin(time.monotonic() - account.total_s)
+    finally:
+        trace_headers.reset(token)
+    traced.end(root, account)
+    return root
+
+
 # Traces.
 
 
 def test_a_split_request_is_one_trace(spans: InMemorySpanExporter) -> None:
-    now = time.monotonic()
-    traces(spans).add(ledger(), {"traceparent": f"{PARENT}1"}, now)
+    write(traces(spans), ledger(), {"traceparent": f"{PARENT}1", "x-api-key": "secret"})
     found = {span.name: span for span in spans.get_finished_spans()}
     assert found.keys() == {"request", "route", "queue", "prefill", "transfer", "decode"}
     root = found["request"]
@@ -84,10 +100,36 @@ def test_a_split_request_is_one_trace(spans: InMemorySpanExporter) -> None:
     assert abs(root.end_time / 1e9 - time.time()) < 5
     assert found["transfer"].attributes["joinwise.bytes"] == 1000
     assert (found["prefill"].attributes["joinwise.worker"], found["decode"].attributes["joinwise.worker"]) == ("p", "d")
+    assert "secret" not in "".join(span.to_json() for span in found.values())
+
+
+def test_drafts_are_seen_below_decode(spans: InMemorySpanExporter) -> None:
+    write(traces(spans), ledger(draft_rounds=5, draft_tokens=20, accepted_drafts=12), {})
+    found = {span.name: span for span in spans.get_finished_spans()}
+    draft, decode = found["draft"], found["decode"]
+    assert draft.parent.span_id == decode.context.span_id and draft.context.trace_id == decode.context.trace_id
+    assert dict(draft.attributes) == {
+        "joinwise.draft.rounds": 5,
+        "joinwise.draft.tokens": 20,
+        "joinwise.draft.accepted": 12,
+    }
+    assert (draft.start_time, draft.end_time) == (decode.start_time, decode.end_time)
+
+
+@pytest.mark.parametrize("flag", ["1", "0"])
+def test_the_context_that_goes_on_is_the_request_s(spans: InMemorySpanExporter, flag: str) -> None:
+    """With the caller's trace, our span, and the decision that was made; as vLLM reads it."""
+    root = write(traces(spans), ledger(), {"traceparent": f"{PARENT}{flag}", "tracestate": "them=1"})
+    context = trace.get_current_span(extract_trace_context(root.headers)).get_span_context()
+    assert f"{context.trace_id:032x}" == PARENT.split("-")[1] and f"{context.span_id:016x}" != PARENT.split("-")[2]
+    assert (context.trace_flags.sampled, root.sampled, root.headers["tracestate"]) == (flag == "1", False, "them=1")
+    assert {span.context.span_id for span in spans.get_finished_spans() if span.name == "request"} == (
+        {context.span_id} if flag == "1" else set()
+    )
 
 
 def test_a_request_on_one_worker_has_no_transfer(spans: InMemorySpanExporter) -> None:
-    traces(spans).add(ledger(prefill_worker=None, wire_bytes=0, finish_reason="error"), {}, time.monotonic())
+    write(traces(spans), ledger(prefill_worker=None, wire_bytes=0, finish_reason="error"), {})
     found = {span.name: span for span in spans.get_finished_spans()}
     assert "transfer" not in found and not found["request"].status.is_ok
     assert found["prefill"].attributes["joinwise.worker"] == "d"
@@ -96,7 +138,7 @@ def test_a_request_on_one_worker_has_no_transfer(spans: InMemorySpanExporter) ->
 @pytest.mark.parametrize(("flag", "ratio", "count"), [("1", 0.0, 6), ("0", 1.0, 0), (None, 0.0, 0), (None, 1.0, 6)])
 def test_the_caller_s_decision_holds(spans: InMemorySpanExporter, flag: str | None, ratio: float, count: int) -> None:
     headers = {"traceparent": f"{PARENT}{flag}"} if flag else {}
-    traces(spans, ratio).add(ledger(), headers, time.monotonic())
+    write(traces(spans, ratio), ledger(), headers)
     assert len(spans.get_finished_spans()) == count
 
 
@@ -104,23 +146,45 @@ def test_the_caller_s_decision_holds(spans: InMemorySpanExporter, flag: str | No
     "parent", ["", "nonsense", "00-0-0-01", "ff-" + PARENT[3:] + "1", "00-" + "0" * 32 + PARENT[35:] + "1"]
 )
 def test_a_parent_that_is_none(spans: InMemorySpanExporter, parent: str) -> None:
-    traces(spans).add(ledger(), headers_of({"traceparent": parent, "other": "x"}), time.monotonic())
+    write(traces(spans), ledger(), {"traceparent": parent, "other": "x"})
     (root,) = (span for span in spans.get_finished_spans() if span.name == "request")
     assert root.parent is None
 
 
-def test_the_call_s_context_reaches_the_trace(spans: InMemorySpanExporter) -> None:
-    """As a front door sets it, `LedgerBuilder` takes it, and `Ledgers` writes the trace."""
-    ledgers = Ledgers(CollectorRegistry(), traces(spans))
-    token = trace_headers.set(headers_of({"traceparent": f"{PARENT}1", "x-api-key": "secret"}))
-    now = time.monotonic()
-    builder = LedgerBuilder(request_id="r", call_id="r", model="m", created=now, routed_s=0.0, prompt_tokens=1)
-    trace_headers.reset(token)
-    builder.finish("stop", now + 0.5)
-    ledgers.add("r", builder)
-    root = next(span for span in spans.get_finished_spans() if span.name == "request")
-    assert f"{root.context.trace_id:032x}" == PARENT.split("-")[1]
-    assert "secret" not in root.to_json()
+def test_a_ledger_counts_drafts() -> None:
+    builder = LedgerBuilder(request_id="r", call_id="r", model="m", created=0.0, routed_s=0.0, prompt_tokens=1)
+    drafts = RequestSpecDecodeMetrics.new(4)
+    for proposed, right in ((4, 4), (4, 0), (3, 2)):
+        drafts.observe(proposed, right)
+    builder.produced(EngineCoreOutput("r", [1, 2]), 1.0)
+    builder.produced(EngineCoreOutput("r", [3], spec_decode_metrics=drafts), 2.0)
+    account = builder.build()
+    assert (account.draft_rounds, account.draft_tokens, account.accepted_drafts) == (3, 11, 6)
+
+
+# Who serves.
+
+
+def test_workers_are_counted_by_what_they_do() -> None:
+    def worker(name: str, pool: str, role: str) -> Any:
+        return SimpleNamespace(worker_id=name, model="m", pool=pool, role=role)
+
+    leases = 3
+    population, registry = Population(lambda: leases), CollectorRegistry()
+    registry.register(population)
+    population.observe(
+        [worker("p0", "prefill", "prefill"), worker("d0", "decode", "decode"), worker("d1", "decode", "decode")]
+    )
+
+    def shown(role: str, pool: str) -> float | None:
+        return registry.get_sample_value("joinwise:workers", {"model": "m", "pool": pool, "role": role})
+
+    assert (shown("prefill", "prefill"), shown("decode", "decode"), shown("mixed", "decode")) == (1, 2, None)
+    population.observe([worker("d0", "decode", "mixed")])  # one has moved, the others are gone
+    assert (shown("prefill", "prefill"), shown("decode", "decode"), shown("mixed", "decode")) == (None, None, 1)
+    assert registry.get_sample_value("joinwise:leases") == 3
+    leases = 0
+    assert registry.get_sample_value("joinwise:leases") == 0
 
 
 # Ledgers and merged metrics.
@@ -150,8 +214,6 @@ def worker() -> Iterator[Any]:
 
 
 def info(worker_id: str, port: int) -> Any:
-    from types import SimpleNamespace
-
     return SimpleNamespace(worker_id=worker_id, pool="decode", model="m", metrics_address=f"127.0.0.1:{port}")
 
 

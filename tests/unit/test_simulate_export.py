@@ -57,7 +57,7 @@ def test_spans_of_the_collector_s_file_are_read(tmp_path: Path) -> None:
     traces = Traces(TracingConfig(endpoint="http://nowhere:1"), "c", "g", SimpleSpanProcessor(exporter))
     for name, prompt in (("a", 100), ("b", 200)):
         ended = RequestLedger(request_id=name, prompt_tokens=prompt, output_tokens=4, total_s=2.0, ttft_s=1.0)
-        traces.add(ended, {}, finished=1000.0 + prompt / 100)
+        traces.end(traces.begin(created=1000.0 + prompt / 100), ended)
     traces.close()
     batch = {"resourceSpans": [{"scopeSpans": [{"spans": [otlp(span) for span in exporter.get_finished_spans()]}]}]}
     foreign = {"resourceSpans": [{"scopeSpans": [{"spans": [{"name": "request", "attributes": []}]}, {}]}]}

@@ -16,6 +16,7 @@ const FIGURES = [
   ["import", (ledger) => ledger.import_s && seconds(ledger.import_s)],
   ["prompt", (ledger) => `${count(ledger.prompt_tokens)} tokens, ${count(ledger.cached_tokens)} cached`],
   ["answer", (ledger) => `${count(ledger.output_tokens)} tokens`],
+  ["drafts", (ledger) => ledger.draft_tokens && `${count(ledger.accepted_drafts)} of ${count(ledger.draft_tokens)} right, in ${count(ledger.draft_rounds)} steps`],
   ["ended by", (ledger) => ledger.finish_reason],
   ["first token", (ledger) => seconds(ledger.ttft_s)],
   ["second token", (ledger) => ledger.second_token_gap_s && `${seconds(ledger.second_token_gap_s)} after the first`],
