@@ -11,7 +11,7 @@ import math
 import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from statistics import fmean, linear_regression
 from time import monotonic
@@ -79,6 +79,8 @@ async def _loaded(
             await load.run(settings.requests, over)
         finally:
             watching.cancel()
+            with suppress(asyncio.CancelledError):
+                await watching  # a process that is gone is an error
         seconds = monotonic() - begin
     left = await left_behind(site)
     rows = judged(samples)
