@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import time
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,23 @@ async def test_a_token_says_who_calls(tokens: Authenticator) -> None:
 )
 async def test_tokens_that_are_refused(tokens: Authenticator, changes: dict[str, Any], sentence: str) -> None:
     await refused(tokens, f"Bearer {sign(**changes)}", sentence)
+
+
+async def test_a_token_that_is_replayed_is_good_until_it_expires(
+    tokens: Authenticator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gateways remember no token that they have seen, neither as used up nor as still good."""
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
+            return datetime.now(tz) + timedelta(seconds=70)
+
+    overheard = sign()
+    for _ in range(2):
+        assert (await identify(tokens, overheard)).tenant == "search"
+    monkeypatch.setattr("jwt.api_jwt.datetime", Later)
+    await refused(tokens, f"Bearer {overheard}", "expired")
 
 
 async def test_forged_tokens_are_refused(tokens: Authenticator) -> None:
