@@ -130,7 +130,7 @@ async def _measure(
     limits = await _limits(trace, alone, say)
     for url in urls.values():
         await _one_after_another(url, trace, 4)
-    goodput = await _goodput(trace, urls[PLAIN], limits, requests, say)
+    goodput = await _goodput(trace, urls[PLAIN], limits, requests, seeds, say)
     rows = []
     for turn, (seed, share) in enumerate(itertools.product(range(seeds), RATES)):
         sides = [side for side in urls if side != ALWAYS or not seed]
@@ -164,17 +164,18 @@ async def _one_after_another(url: str, trace: Trace, count: int) -> list[Answer]
     return answers[count // 3 :]  # the first warm up
 
 
-async def _goodput(trace: Trace, url: str, limits: Limits, requests: int, say: Say) -> float:
+async def _goodput(trace: Trace, url: str, limits: Limits, requests: int, seeds: int, say: Say) -> float:
     """The rate up to which 90% attain, between two rates that were tried."""
     rate, good, bad = 1.0, 0.0, 0.0
     for _ in range(_STEPS):
-        row = await _load(trace, url, limits, rate, requests, 0)
-        say(f"{trace.name}: {PLAIN} at {rate:.2f}/s attains {row['attained']:.0%}")
-        if row["attained"] >= _ENOUGH:
+        rows = [await _load(trace, url, limits, rate, requests, seed) for seed in range(seeds)]
+        attained = statistics.median(row["attained"] for row in rows)
+        say(f"{trace.name}: {PLAIN} at {rate:.2f}/s attains {attained:.0%}")
+        if attained >= _ENOUGH:
             good = rate
         else:
             bad = rate
-        if good and bad and bad / good < 1.15:
+        if good and bad and bad / good < 1.2:
             break
         rate = (good * bad) ** 0.5 if good and bad else 2 * rate if good else rate / 2
     if not good:
