@@ -125,7 +125,8 @@ class Cluster:
         self._phases.done("Redis")
         self._say("starting Ray" if config.ray.address == ray_api.LOCAL else "joining Ray")
         models = asyncio.get_running_loop().run_in_executor(None, self._fetch_models)
-        self._ray = ray_api.connect(config, cpus=self._demand()["CPU"])
+        actors = sum(pool.replicas for pool in config.pools) + self._with_gateway
+        self._ray = ray_api.connect(config, cpus=self._demand()["CPU"], actors=actors)
         if lacking := await asyncio.to_thread(ray_api.missing, self._demand()):
             listed = ", ".join(f"{amount:g} {name}" for name, amount in lacking.items())
             self._say(f"warning: the pools ask for {listed}, which the Ray cluster does not have now; waiting for it")

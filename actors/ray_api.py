@@ -68,7 +68,7 @@ class Connection:
             ray.shutdown()
 
 
-def connect(config: JoinwiseConfig, *, cpus: float) -> Connection:
+def connect(config: JoinwiseConfig, *, cpus: float, actors: int) -> Connection:
     """Join the configured Ray cluster, or start one on this machine. To be called on the main thread; takes seconds.
 
     Inside a Ray job the job's own cluster is taken in place of `local`; a process that Ray runs already, such as a
@@ -77,6 +77,7 @@ def connect(config: JoinwiseConfig, *, cpus: float) -> Connection:
     Args:
         config: the cluster's configuration.
         cpus: logical CPUs that a local Ray must offer, however few the machine has.
+        actors: that will be started; a local Ray starts their processes ahead.
 
     Raises:
         ConfigError: no Ray answers at the address.
@@ -94,7 +95,7 @@ def connect(config: JoinwiseConfig, *, cpus: float) -> Connection:
     }
     if address == LOCAL:
         options |= {
-            "num_cpus": max(cpus, os.cpu_count() or 1),
+            "num_cpus": max(cpus, actors),  # a process is started ahead for each, needed or not
             "include_dashboard": False,
             "object_store_memory": _OBJECT_STORE_BYTES,
         }
