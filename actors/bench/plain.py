@@ -26,7 +26,7 @@ def plain_vllm(
     Args:
         model_path: local folder.
         name: the name clients ask for.
-        cores: cores of the engine, one thread each.
+        cores: cores of the engine, one thread each; with none, `settings` bind its threads.
         engine: engine arguments by name, as in joinwise.yaml.
         log: file for its output.
         settings: more variables of its environment.

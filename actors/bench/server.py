@@ -1,5 +1,8 @@
 """A server of somebody else's, started for a benchmark and stopped with it."""
 
+import contextlib
+import os
+import signal
 import socket
 import subprocess
 import time
@@ -23,16 +26,22 @@ def free_port() -> int:
 
 @contextmanager
 def server(
-    name: str, command: Sequence[str], port: int, log: Path, environment: Mapping[str, str] | None = None
+    name: str,
+    command: Sequence[str],
+    port: int,
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+    path: str = "/health",
 ) -> Iterator[str]:
-    """Run a server until the context ends.
+    """Run a server until the context ends, and with it whatever it has started.
 
     Args:
         name: for messages.
         command: starts it.
-        port: of the loopback, on which it answers /health.
+        port: of the loopback.
         log: file for its output.
         environment: all of it; None for this process's.
+        path: what it answers with 200 once it serves.
 
     Yields:
         Its base URL, once it is healthy.
@@ -41,18 +50,25 @@ def server(
         ConfigError: it has ended, or does not answer in time; the message has the end of its log.
     """
     with log.open("w") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     url = f"http://127.0.0.1:{port}"
     try:
-        _wait_healthy(name, url, process, log)
+        _wait_healthy(name, url + path, process, log)
         yield url
     finally:
         process.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its engine, too, should it have stayed
+        process.wait()
 
 
 def _wait_healthy(name: str, url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
@@ -61,7 +77,7 @@ def _wait_healthy(name: str, url: str, process: "subprocess.Popen[bytes]", log: 
         if process.poll() is not None:
             raise ConfigError(f"{name} ended while it started:\n{log.read_text()[-2000:]}")
         try:
-            if httpx.get(f"{url}/health", timeout=2).status_code == 200:
+            if httpx.get(url, timeout=2).status_code == 200:
                 return
         except httpx.HTTPError:
             pass

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
-from helpers.cluster import ENGINE, MODEL, RunningCluster, cluster_config, running_cluster
+from helpers.cluster import ENGINE, RunningCluster, cluster_config, running_cluster
 from helpers.idle import assert_idle
 from helpers.plain_vllm import PlainServer, plain_server
 from helpers.ray_head import RayHead, ray_head
@@ -41,12 +41,11 @@ async def cluster(shared_cluster: RunningCluster) -> AsyncIterator[RunningCluste
 @pytest.fixture(scope="session")
 def baseline(small_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PlainServer]:
     """One plain vLLM engine with the cluster's engine arguments behind vLLM's own server."""
-    arguments = ["--max-model-len", "2048", "--max-num-batched-tokens", "2048", "--enable-scale-out"]
-    arguments += ["--kv-cache-memory-bytes", str(ENGINE["kv_cache_memory_bytes"])]
-    arguments += ["--block-size", str(ENGINE["block_size"]), "--max-num-seqs", str(ENGINE["max_num_seqs"])]
-    arguments += ["--enable-prompt-tokens-details", "--enable-request-id-headers"]
-    arguments += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
-    with plain_server(str(small_model.path), MODEL, tmp_path_factory.mktemp("plain"), arguments) as server:
+    engine = {**ENGINE, "max_model_len": 2048, "max_num_batched_tokens": 2048}
+    front_end = {"enable_scale_out": True, "enable_prompt_tokens_details": True, "enable_request_id_headers": True}
+    tools = {"enable_auto_tool_choice": True, "tool_call_parser": "hermes"}
+    folder = tmp_path_factory.mktemp("plain")
+    with plain_server(str(small_model.path), folder, **engine, **front_end, **tools) as server:
         yield server
 
 

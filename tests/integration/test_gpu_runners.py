@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from helpers import gpu
 from helpers.ask import Pair, Question, pair
-from helpers.cluster import ENGINE, MODEL, RunningCluster, cluster_config, running_cluster
+from helpers.cluster import ENGINE, RunningCluster, cluster_config, running_cluster
 from helpers.idle import assert_idle
 from helpers.plain_vllm import PlainServer, plain_server
 
@@ -75,12 +75,11 @@ def servers(
     """The cluster, and plain vLLM with the same runner; both inherit which."""
     runner, eager = request.param
     folder: Path = tmp_path_factory.mktemp("gpu")
-    arguments = ["--max-model-len", "2048", "--block-size", str(ENGINE["block_size"])]
-    arguments += ["--kv-cache-memory-bytes", str(ENGINE["kv_cache_memory_bytes"])]
+    arguments = {name: ENGINE[name] for name in ("block_size", "kv_cache_memory_bytes")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
         with (
-            plain_server(str(small_model.path), MODEL, folder, arguments) as plain,
+            plain_server(str(small_model.path), folder, max_model_len=2048, **arguments) as plain,
             running_cluster(config(eager=eager), folder, timeout_s=600) as cluster,
         ):
             yield cluster, plain

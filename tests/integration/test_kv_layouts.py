@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from helpers.ask import Answer, Question, ask, assert_same
-from helpers.cluster import ENGINE, MODEL, RunningCluster, cluster_config, running_cluster
+from helpers.cluster import ENGINE, RunningCluster, cluster_config, running_cluster
 from helpers.idle import assert_idle
 from helpers.plain_vllm import PlainServer, plain_server
-
-from joinwise.actors.models import resolve_model
+from helpers.pruned_model import prune
 
 pytestmark = [pytest.mark.cluster, pytest.mark.model]
-
-_QWEN = "qwen2.5-coder-0.5b-instruct"
-
 
 _QUESTIONS = [
     Question(
@@ -57,15 +54,13 @@ async def test_block_sizes_may_differ(small_model: object, baseline: PlainServer
 
 
 @pytest.mark.timeout(600)
-async def test_two_ranks_prefill_for_one(tmp_path: Path) -> None:
+async def test_two_ranks_prefill_for_one(small_model: Any, tmp_path: Path) -> None:
     """Each rank of the prefill worker holds one of the model's two KV heads."""
-    model, questions = resolve_model(_QWEN, progress=print), _QUESTIONS[:4]
+    model = prune(small_model.path, tmp_path / "model", layers=6, kv_heads=2)
     config = cluster_config("ranks")
-    config["models"][0]["model"] = _QWEN
+    config["models"][0]["model"] = str(model)
     config["pools"][0]["engine"]["tensor_parallel_size"] = 2
-    arguments = ["--max-model-len", "2048", "--block-size", str(ENGINE["block_size"])]
-    arguments += ["--kv-cache-memory-bytes", str(ENGINE["kv_cache_memory_bytes"])]
-    with plain_server(str(model.path), MODEL, tmp_path, arguments) as server:  # gone before the cluster comes: memory
-        expected = await _answers(server.http, questions)
+    with plain_server(str(model), tmp_path, max_model_len=2048, **ENGINE) as server:
+        expected = await _answers(server.http, _QUESTIONS)
     with running_cluster(config, tmp_path) as cluster:
-        await _assert_answers(cluster, questions, expected)
+        await _assert_answers(cluster, _QUESTIONS, expected)
