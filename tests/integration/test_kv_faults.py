@@ -23,7 +23,7 @@ from joinwise.proto import engine_pb2
 pytestmark = [pytest.mark.cluster, pytest.mark.model, pytest.mark.timeout(0)]
 
 SEED = int(os.environ.get("FUZZ_SEED", "3"))
-ROUNDS = int(os.environ.get("FUZZ_ROUNDS", "24"))
+ROUNDS = int(os.environ.get("FUZZ_ROUNDS", "50"))
 FAULTS = ("none", "client_aborts", "nobody_listens", "old_epoch", "sender_cancelled", "receiver_cancelled")
 NEW_TOKENS = 8
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -12,10 +11,12 @@ from helpers.ask import Answer, Question, ask, assert_same
 from helpers.cluster import ENGINE, RunningCluster, cluster_config, running_cluster
 from helpers.idle import assert_idle
 from helpers.plain_vllm import PlainServer, plain_server
-from helpers.pruned_model import prune
+
+from joinwise.actors.models import resolve_model
 
 pytestmark = [pytest.mark.cluster, pytest.mark.model]
 
+_QWEN = "qwen2.5-coder-0.5b-instruct"
 _QUESTIONS = [
     Question(
         f"{tokens} tokens",
@@ -54,13 +55,13 @@ async def test_block_sizes_may_differ(small_model: object, baseline: PlainServer
 
 
 @pytest.mark.timeout(600)
-async def test_two_ranks_prefill_for_one(small_model: Any, tmp_path: Path) -> None:
+async def test_two_ranks_prefill_for_one(tmp_path: Path) -> None:
     """Each rank of the prefill worker holds one of the model's two KV heads."""
-    model = prune(small_model.path, tmp_path / "model", layers=6, kv_heads=2)
+    model, questions = resolve_model(_QWEN, progress=print), _QUESTIONS[:4]
     config = cluster_config("ranks")
-    config["models"][0]["model"] = str(model)
+    config["models"][0]["model"] = _QWEN
     config["pools"][0]["engine"]["tensor_parallel_size"] = 2
-    with plain_server(str(model), tmp_path, max_model_len=2048, **ENGINE) as server:
-        expected = await _answers(server.http, _QUESTIONS)
+    with plain_server(str(model.path), tmp_path, max_model_len=2048, **ENGINE) as server:  # gone before the cluster
+        expected = await _answers(server.http, questions)
     with running_cluster(config, tmp_path) as cluster:
-        await _assert_answers(cluster, _QUESTIONS, expected)
+        await _assert_answers(cluster, questions, expected)

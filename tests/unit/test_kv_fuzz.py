@@ -19,7 +19,7 @@ from helpers.kv_faults import _BUDGETS, _LANE_ONLY, FAULTS, PAIRINGS, Fault, Wor
 from helpers.kv_rig import Receiver, Sender, eventually
 
 SEED = int(os.environ.get("FUZZ_SEED", "3"))
-ROUNDS = int(os.environ.get("FUZZ_ROUNDS", "320"))
+ROUNDS = int(os.environ.get("FUZZ_ROUNDS", "1000"))
 AT_ONCE = 4
 
 
