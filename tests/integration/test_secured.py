@@ -63,6 +63,8 @@ def secured(small_model: object, tmp_path_factory: pytest.TempPathFactory) -> It
         config: dict[str, Any] = cluster_config("secured")
         config["tls"] = {"cert": str(peers.cert), "key": str(peers.key), "ca": str(peers.ca)}
         config["tracing"] = {"endpoint": traces.endpoint}
+        for pool in config["pools"]:
+            pool["engine"] = {**pool.get("engine", {}), "otlp_traces_endpoint": traces.endpoint}
         config["log"] = {"format": "json"}
         config["gateway"] |= {
             "tls": {"cert": str(front.cert), "key": str(front.key), "ca": str(front.ca)},
@@ -87,7 +89,9 @@ async def test_a_split_request_over_tls_is_one_trace(secured: Secured) -> None:
     assert answer.status_code == 200, answer.text
     ledger = json.loads(answer.headers["x-joinwise-ledger"])
     assert ledger["wire_bytes"] > 0 and not ledger["recomputed"]
-    spans = secured.collector.wait_for(trace, {"request", "route", "queue", "prefill", "transfer", "decode"})
+    ours = {"request", "route", "queue", "prefill", "transfer", "decode"}
+    spans = secured.collector.wait_for(trace, ours | {"llm_request"})
+    assert {spans[name].parent_span_id for name in ours - {"request"} | {"llm_request"}} == {spans["request"].span_id}
     assert spans["prefill"].end_time_unix_nano <= spans["decode"].end_time_unix_nano
 
 
