@@ -4,10 +4,10 @@ import asyncio
 import io
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
-import time
 from importlib import metadata
 from types import SimpleNamespace
 
@@ -116,12 +116,13 @@ def test_starts_in_a_blink_and_imports_nothing_heavy():
     code += f"print([m for m in {heavy!r} if m in sys.modules], file=sys.stderr)"
     seconds = []
     for _ in range(3):
-        begin = time.monotonic()
+        begin = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        seconds.append(time.monotonic() - begin)
+        end = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(end.ru_utime + end.ru_stime - begin.ru_utime - begin.ru_stime)
     assert done.stderr.strip() == "[]"
     assert "Usage" in done.stdout
-    assert min(seconds) < 1.0  # about 0.3 s on an idle machine; others may use this one
+    assert min(seconds) < 1.0  # of CPU, whoever else uses the machine: about 0.3 on an idle one
 
 
 @pytest.mark.parametrize("name", ["up", "down", "demo", "bench"])
