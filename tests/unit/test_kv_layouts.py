@@ -158,7 +158,7 @@ def _difference(sent: list[dict], landed: list[dict], sends: list[Rank], receive
     return worst
 
 
-@pytest.mark.parametrize(("sender", "receiver"), itertools.permutations(["hnd", "nhd", "tiled"], 2))
+@pytest.mark.parametrize(("sender", "receiver"), list(itertools.permutations(["hnd", "nhd", "tiled"], 2)))
 def test_any_interior_reaches_any_other(started: list, sender: str, receiver: str) -> None:
     assert _transfer(started, [Rank(sender, 16)], [Rank(receiver, 16)]) == 0
 
@@ -169,7 +169,7 @@ def test_any_block_size_reaches_any_other(started: list, transport: str, theirs:
     assert _transfer(started, [Rank("tiled", theirs)], [Rank("hnd", ours)], transport=transport) == 0
 
 
-@pytest.mark.parametrize(("n", "m"), itertools.product([1, 2, 4, 8], repeat=2))
+@pytest.mark.parametrize(("n", "m"), list(itertools.product([1, 2, 4, 8], repeat=2)))
 def test_any_width_reaches_any_other(started: list, n: int, m: int) -> None:
     """Eight ranks hold four heads twice."""
     sends = [Rank("tiled", 16, rank, n) for rank in range(n)]
