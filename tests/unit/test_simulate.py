@@ -153,6 +153,36 @@ CLUSTERS = st.sampled_from(["mixed=2xa", "prefill=2xa,decode=1xa", "prefill=1xa,
     "round_robin",
     "splitwise",
 )
+@example(  # caches that are sent wait for each other's room, and ask for it again and again
+    [
+        Arrival(0.0, 1176, 20),
+        Arrival(0.0, 403, 39),
+        Arrival(0.0, 24, 29),
+        Arrival(0.05, 140, 48),
+        Arrival(0.112, 230, 48),
+        Arrival(0.126, 758, 55),
+        Arrival(0.286, 1, 43),
+        Arrival(0.391, 233, 20),
+        Arrival(0.63, 500, 27),
+        Arrival(0.637, 936, 21),
+        Arrival(0.911, 291, 20),
+        Arrival(1.439, 360, 7),
+        Arrival(1.442, 55, 49),
+        Arrival(1.5, 58, 13),
+        Arrival(2.576, 389, 4),
+        Arrival(2.666, 293, 12),
+        Arrival(2.767, 723, 8),
+        Arrival(2.805, 2503, 31),
+        Arrival(3.585, 1869, 22),
+        Arrival(3.727, 65, 1),
+        Arrival(3.968, 275, 45),
+        Arrival(4.905, 2677, 2),
+        Arrival(4.976, 303, 17),
+    ],
+    "prefill=1xa,decode=2xa,mixed=1xa",
+    "splitwise",
+    "splitwise",
+)
 def test_every_request_ends_in_order_and_memory_returns(
     arrivals: list[Arrival], pools: str, policy: str, model: str
 ) -> None:
