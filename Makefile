@@ -50,7 +50,7 @@ soak: env ## steady load on a cluster, and nothing may grow: make soak REQUESTS=
 
 test-gpu: env ## the tests that need a GPU: kernels, KV in device memory, engines; says what it skips, and why
 	HF_HUB_OFFLINE=1 .venv/bin/pytest -m gpu -rs tests/unit/test_kv_pack_gpu.py tests/unit/test_kv_codec.py \
-	  tests/unit/test_kv_device.py tests/unit/test_lanes.py tests/integration/test_gpu_runners.py $(ARGS)
+	  tests/unit/test_kv_device.py tests/unit/test_lanes.py tests/unit/test_draft_causal.py tests/integration/test_gpu_runners.py $(ARGS)
 
 bench-gpu: env ## KV between GPUs and CPUs and the kernels on a GPU; says what it could not measure, and why
 	@mkdir -p out

@@ -63,8 +63,10 @@ def _speculation(config: JoinwiseConfig, index: int, pool: PoolConfig) -> Iterat
     if pool.role == "draft":
         if pool.engine or pool.speculation is not None:
             yield f"{what} drafts: it has no engine, so leave out `engine` and `speculation`"
-        if pool.device == "gpu" or pool.resources.num_gpus > 0:
-            yield f"{what}: draft actors run on the CPU"
+        if pool.device == "gpu" and (pool.draft is None or pool.draft.model is None):
+            yield f"{what} looks drafts up in the prompt: that needs no GPU, so leave out `device`"
+        elif pool.device == "gpu" and pool.draft is not None and pool.draft.dtype == "int8":
+            yield f"{what}: int8 weights of a draft model are for CPUs; a GPU drafts in bfloat16"
         if not any(each.speculation is not None and each.speculation.draft == pool.name for each in config.pools):
             yield f"{what} drafts for nobody: name it in `speculation` of a decode or mixed pool, or remove it"
     elif pool.draft is not None:

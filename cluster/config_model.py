@@ -128,7 +128,7 @@ class DraftConfig(Section):
     revision: str | None = None
     """Hub revision; None takes the hub's default branch."""
     dtype: Dtype | Literal["int8"] = "bfloat16"
-    """Element type of its weights and KV; int8 is of the weights alone, and the KV bfloat16."""
+    """Element type of its weights and KV; int8, on CPUs, is of the weights alone, and the KV bfloat16."""
     slots: int = Field(default=8, ge=1, le=4096)
     """Sequences of which an actor keeps KV at once."""
     max_tokens: int = Field(default=4096, ge=16, le=1 << 20)

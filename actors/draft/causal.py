@@ -45,7 +45,8 @@ class _Slot:
 class _SlotCache:
     """What the model takes for its cache: rows of a batch are slots, and each token has a column of its own.
 
-    Keys and values are of shape (slots, heads, columns + 1, size); padding is written to the last column.
+    `only` is the slot of a batch of one. Keys and values are of shape (slots, heads, columns + 1, size); padding is
+    written to the last column.
     """
 
     def __init__(self, slots: int, columns: int) -> None:
@@ -53,6 +54,7 @@ class _SlotCache:
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.rows = torch.empty(0, dtype=torch.long)
         self.columns = torch.empty(0, 0, dtype=torch.long)
+        self.only: int | None = None
         self.width = 0
 
     def update(
@@ -66,9 +68,8 @@ class _SlotCache:
 
     def _put(self, stored: torch.Tensor, fresh: torch.Tensor) -> torch.Tensor:
         stored[self.rows[:, None], :, self.columns] = fresh.transpose(1, 2)
-        if len(self.rows) == 1:
-            row = int(self.rows[0])
-            return stored[row : row + 1, :, : self.width]  # no copy
+        if self.only is not None:
+            return stored[self.only : self.only + 1, :, : self.width]  # no copy
         return stored[self.rows, :, : self.width]
 
 
@@ -76,7 +77,7 @@ class CausalDrafter:
     """Drafts what a causal model finds most likely.
 
     Args:
-        model: of transformers, in evaluation mode, with full attention in every layer.
+        model: of transformers, in evaluation mode, with full attention in every layer; it drafts where its weights are.
         slots: sequences of which it keeps KV; further ones are not drafted for until one is over or the oldest rests.
         max_tokens: of a sequence, drafts included.
         name: for messages.
@@ -88,6 +89,7 @@ class CausalDrafter:
         self._model = model
         self._threads = threads
         self._ids = model.get_input_embeddings().weight.shape[0]
+        self._device = model.get_input_embeddings().weight.device
         self._max_tokens = min(max_tokens, int(model.config.max_position_embeddings))
         self._cache = _SlotCache(slots, self._max_tokens)
         self._free = list(range(slots))
@@ -95,13 +97,24 @@ class CausalDrafter:
         self._behind: dict[Hashable, np.ndarray] = {}
 
     @classmethod
-    def load(cls, folder: Path, dtype: str, *, slots: int, max_tokens: int, name: str, threads: int) -> CausalDrafter:
+    def load(
+        cls,
+        folder: Path,
+        dtype: str,
+        *,
+        slots: int,
+        max_tokens: int,
+        name: str,
+        threads: int,
+        device: str = "cpu",
+    ) -> CausalDrafter:
         """A drafter with the model in `folder`; `dtype` is one of torch, "auto" for the model's own, or "int8".
 
         Raises:
             ValueError: a model that this cannot cache (sliding windows, states instead of KV).
+            RuntimeError: the device is not there, or has no room for it.
         """
-        model = load_model(folder, dtype)
+        model = load_model(folder, dtype, device)
         return cls(model, slots=slots, max_tokens=max_tokens, name=name, threads=threads)
 
     @property
@@ -184,10 +197,13 @@ class CausalDrafter:
             positions[row, longest - len(new) :] = torch.arange(at, at + len(new))
             columns[row, longest - len(new) :] = torch.arange(at, at + len(new))
             slot.held = np.concatenate([slot.held, new])
-        self._cache.rows = torch.tensor([slot.index for slot, _ in rows])
+        ids, positions, columns = ids.to(self._device), positions.to(self._device), columns.to(self._device)
+        self._cache.rows = torch.tensor([slot.index for slot, _ in rows], device=self._device)
+        self._cache.only = rows[0][0].index if count == 1 else None
         self._cache.columns = columns
         self._cache.width = max(len(slot.held) for slot, _ in rows)
-        mask = torch.arange(self._cache.width) <= positions[:, None, :, None]  # padding sees the first column
+        seen = torch.arange(self._cache.width, device=self._device)
+        mask = seen <= positions[:, None, :, None]  # padding sees the first column
         logits = self._model(
             input_ids=ids,
             position_ids=positions,
@@ -196,10 +212,11 @@ class CausalDrafter:
             use_cache=True,
             logits_to_keep=1,
         ).logits
-        return [int(token) for token in logits[:, -1].argmax(-1)]
+        drafted: list[int] = logits[:, -1].argmax(-1).tolist()
+        return drafted
 
 
-def load_model(folder: Path, dtype: str) -> Any:
+def load_model(folder: Path, dtype: str, device: str = "cpu") -> Any:
     """The model in `folder`, as `CausalDrafter` takes it; arguments and errors as for `CausalDrafter.load`."""
     from transformers import AutoModelForCausalLM
 
@@ -208,5 +225,6 @@ def load_model(folder: Path, dtype: str) -> Any:
     kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
         raise ValueError(f"its layers are of {', '.join(sorted(kinds))}; a drafter needs full attention in all")
-    pack_linears(model, int8=dtype == "int8")
-    return model
+    if device == "cpu":
+        pack_linears(model, int8=dtype == "int8")
+    return model.to(device)

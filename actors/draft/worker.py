@@ -149,8 +149,9 @@ class DraftWorker:
                 max_tokens=settings.max_tokens,
                 name=settings.model,
                 threads=self._pool.compute_threads,
+                device="cuda" if self._pool.device == "gpu" else "cpu",
             )
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RuntimeError) as error:
             raise ConfigError(f"pool {self._pool.name!r} cannot draft with {settings.model!r}: {error}") from error
         return LookupFirst(drafter) if settings.lookup else drafter, vocabulary
 

@@ -158,7 +158,8 @@ def test_engines_that_speculate_and_their_draft_pool(write) -> None:  # type: ig
             "`draft` belongs to pools with role",
         ),
         ("draft: {model: org/tiny}", "engine: {block_size: 8}", "it has no engine"),
-        ("draft: {model: org/tiny}", "device: gpu", "draft actors run on the CPU"),
+        ("draft: {model: org/tiny}", "device: gpu", "that needs no GPU"),
+        ("draft: {model: org/tiny}", "device: gpu, draft: {model: org/tiny, dtype: int8}", "int8 weights"),
         ("draft: {model: org/tiny}", "draft: {slots: 0}", "draft.slots"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,7 +46,7 @@ def greedy(model: Any, tokens: Sequence[int], k: int) -> list[int]:
     text = list(tokens)
     with torch.inference_mode():
         for _ in range(k):
-            text.append(int(model(torch.tensor([text])).logits[0, -1].argmax()))
+            text.append(int(model(torch.tensor([text], device=model.device)).logits[0, -1].argmax()))
     return text[len(tokens) :]
 
 
@@ -60,6 +61,18 @@ def prompt(seed: int, size: int) -> list[int]:
 def test_drafts_are_the_models_own(model: Any, drafter: CausalDrafter) -> None:
     text = prompt(1, 20)
     assert drafter.draft([ask("a", text, 6)]) == [greedy(model, text, 6)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason=f"drafts of a GPU: torch {torch.__version__} sees none")
+def test_a_gpu_drafts_what_the_model_says_there(model: Any) -> None:
+    there = copy.deepcopy(model).to("cuda")
+    drafter = CausalDrafter(there, slots=4, max_tokens=400, name="tiny", threads=1)
+    texts = [prompt(2, 1), prompt(3, 30), prompt(4, 7)]
+    for _ in range(4):
+        drafts = drafter.draft([ask(str(index), text) for index, text in enumerate(texts)])
+        assert drafts == [greedy(there, text, 4) for text in texts]
+        texts = [[*text, *drafted[:2], 5] for text, drafted in zip(texts, drafts, strict=True)]
 
 
 def test_a_batch_of_unequal_rows_drafts_what_each_would_alone(model: Any, drafter: CausalDrafter) -> None:

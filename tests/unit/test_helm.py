@@ -235,7 +235,8 @@ def test_bad_values_are_refused_by_the_schema(values: dict[str, Any], word: str)
         (first_pool(replicas=0), "it has: decode"),
         (drafts("fast", speculation=None), "'drafts' drafts for nobody"),
         (drafts("fast", speculation={"draft": "whole"}), "'fast' asks 'whole' for drafts, which is no pool with role"),
-        (drafts("drafts", resources={"limits": {"cpu": 1, "nvidia.com/gpu": 1}}), "draft actors run on the CPU"),
+        (drafts("drafts", draft=None), "'drafts' looks drafts up in the prompt: that needs no GPU"),
+        (drafts("drafts", draft={"model": "m", "dtype": "int8"}), "int8 weights of a draft model are for CPUs"),
         (
             {
                 "config": {"models": [*DRAFTS["config"]["models"], {"name": "small", "model": "m"}]},

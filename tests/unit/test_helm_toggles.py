@@ -299,8 +299,9 @@ def test_drafts_on(tmp_path: Path) -> None:
     rendered = Rendered(DRAFTS)
     whole, fast, drafts = rendered.config(tmp_path).pools
     assert (fast.speculation is not None and fast.speculation.draft, whole.speculation) == ("drafts", None)
-    assert drafts.draft is not None and drafts.draft.dtype == "int8"
-    assert [pool.device for pool in (whole, fast, drafts)] == ["gpu", "gpu", "cpu"]
+    assert drafts.draft is not None and drafts.draft.slots == 32
+    assert [pool.device for pool in (whole, fast, drafts)] == ["cpu", "cpu", "gpu"]
+    assert drafts.resources.num_gpus == 1
     containers = {name: template["spec"]["containers"][0] for name, template in rendered.templates.items()}
     assert containers["drafts"]["image"] != containers["fast"]["image"]
 

@@ -65,7 +65,12 @@
 {{- if eq .role "draft" -}}
 {{- $_ := set $drafts .name .model -}}
 {{- if gt (include "joinwise.gpus" .resources | int) 0 -}}
-{{- fail (printf "pools: '%s' has GPUs, but draft actors run on the CPU" .name) -}}
+{{- if not (dig "model" "" (.draft | default dict)) -}}
+{{- fail (printf "pools: '%s' looks drafts up in the prompt: that needs no GPU" .name) -}}
+{{- end -}}
+{{- if eq (dig "dtype" "" .draft) "int8" -}}
+{{- fail (printf "pools: '%s' drafts on a GPU, and int8 weights of a draft model are for CPUs" .name) -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
