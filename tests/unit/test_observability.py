@@ -299,12 +299,12 @@ def test_queries_name_metrics_that_exist() -> None:
 
 
 def test_every_alert_has_a_run_book() -> None:
-    guide = (FILES.parents[2] / "docs" / "observability.md").read_text(encoding="utf-8")
+    guide = (FILES.parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
     anchors = {heading.lower() for heading in re.findall(r"^#+ (\w+)$", guide, re.MULTILINE)}
     for group in yaml.safe_load((FILES / "alerts.yaml").read_text(encoding="utf-8"))["groups"]:
         for rule in group["rules"]:
             page, _, anchor = rule["annotations"]["runbook"].partition("#")
-            assert page == "docs/observability.md" and anchor == rule["alert"].lower()
+            assert page == "docs/operations.md" and anchor == rule["alert"].lower()
             assert anchor in anchors, rule["alert"]
 
 
