@@ -185,13 +185,20 @@ def membership(registry: Registry, name: str, digest: str) -> Callable[[WorkerRe
 
 
 async def _first_worker(registry: Registry, model: str, patience_s: float) -> WorkerInfo:
-    deadline = time.monotonic() + patience_s
+    """A worker of a model, once there is one. While everything starts Redis may answer late: that ends nothing."""
+    deadline, unheard = time.monotonic() + patience_s, None
     while time.monotonic() < deadline:
-        for worker in await registry.list():
+        try:
+            workers, unheard = await registry.list(), None
+        except StoreUnavailableError as error:
+            workers, unheard = (), error
+        for worker in workers:
             if worker.model == model:
                 return worker
         await asyncio.sleep(_JOIN_POLL_S)
-    raise NoWorkerError(f"no worker of {model!r} has registered: see `joinwise status` and the workers' logs")
+    raise unheard or NoWorkerError(
+        f"no worker of {model!r} has registered: see `joinwise status` and the workers' logs"
+    )
 
 
 def _serving_pool(config: JoinwiseConfig, model: ModelConfig) -> PoolConfig:
