@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -151,10 +151,7 @@ async def _measure(
             count = requests if number >= 0 else _WARM
             prompts = [[rng.randrange(1000, 40_000) for _ in range(_PROMPT)] for _ in range(count)]
             for system in list(urls) if number % 2 else reversed(urls):
-                if system == _RAY:
-                    with app.awake():
-                        found = [await ask(clients[system], prompt, _TOKENS) for prompt in prompts]
-                else:
+                with app.awake() if system == _RAY else nullcontext():
                     found = [await ask(clients[system], prompt, _TOKENS) for prompt in prompts]
                 answers[system] += found if number >= 0 else []
             _same(answers)

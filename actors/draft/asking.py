@@ -163,11 +163,11 @@ class Asker:
         begin = self._clock()
         tracks, over = self._tracks.follow(rows)
         self._ended += over
-        if alone and self._given:
-            seconds = begin - self._given_at
+        seconds = begin - self._given_at if alone and self._given else None
+        if seconds is not None:
             self._step_s += (1 - _STEP_MEMORY if self._step_s else 1.0) * (seconds - self._step_s)
         if self._lengths is not None:
-            self._learn(self._lengths, tracks.values(), over, begin - self._given_at if alone else None)
+            self._learn(self._lengths, tracks.values(), over, seconds)
         drafts = self._asked_for(session, tracks, k)
         self.figures.drafted += sum(map(len, drafts.values()))
         self._given = {
@@ -225,7 +225,7 @@ class Asker:
                 usual = False
             elif given.drafts:
                 lengths.accepted(track.number, given.drafts, gained - 1)
-        if usual and self._given and seconds is not None:
+        if usual and seconds is not None:
             lengths.verified(sum(given.drafts + 1 for given in self._given.values()), seconds)
 
     def _patience(self) -> float:

@@ -59,18 +59,21 @@ class Line:
 
 
 @dataclass
-class _Acceptance:
-    """How often a draft was accepted when those before it were."""
+class Acceptance:
+    """How often a draft was accepted when those before it were; older ones count less."""
 
     trials: float
     accepted: float
+    memory: float = _ACCEPT_MEMORY
 
     def add(self, drafts: int, accepted: int) -> None:
-        self.trials = _ACCEPT_MEMORY * self.trials + min(accepted + 1, drafts)
-        self.accepted = _ACCEPT_MEMORY * self.accepted + accepted
+        """Of so many drafts so many were accepted."""
+        self.trials = self.memory * self.trials + min(accepted + 1, drafts)
+        self.accepted = self.memory * self.accepted + accepted
 
     @property
     def rate(self) -> float:
+        """The share, below 1."""
         return min(0.995, self.accepted / self.trials)
 
 
@@ -84,8 +87,8 @@ class LengthChooser:
     def __init__(self, most: int) -> None:
         self._most = most
         self._verify, self._draft = Line(), Line(_DRAFT_MEMORY)
-        self._all = _Acceptance(_PRIOR_TRIALS, _PRIOR_TRIALS * _PRIOR_RATE)
-        self._sequences: dict[int, _Acceptance] = {}
+        self._all = Acceptance(_PRIOR_TRIALS, _PRIOR_TRIALS * _PRIOR_RATE)
+        self._sequences: dict[int, Acceptance] = {}
         self._rounds = 0
         self._rested = 0
         self._rest = _FIRST_REST
@@ -126,9 +129,9 @@ class LengthChooser:
             return lengths
         return dict.fromkeys(sequences, max(1, self._most // 2))
 
-    def _of(self, sequence: int) -> _Acceptance:
+    def _of(self, sequence: int) -> Acceptance:
         if sequence not in self._sequences:
-            self._sequences[sequence] = _Acceptance(_PRIOR_TRIALS, _PRIOR_TRIALS * self._all.rate)
+            self._sequences[sequence] = Acceptance(_PRIOR_TRIALS, _PRIOR_TRIALS * self._all.rate)
         return self._sequences[sequence]
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from joinwise.actors.draft.drafter import Ask, Drafter
+from joinwise.actors.draft.length import Acceptance
 from joinwise.actors.draft.lookup import lookup
 
 _SHORTEST = 3
@@ -27,22 +28,15 @@ _PRIOR_TRIALS = 4.0
 class _Trust:
     """What a sequence's lookups were worth lately; `guess` followed `at` tokens."""
 
-    trials: float = _PRIOR_TRIALS
-    right: float = _PRIOR_TRIALS * _TRUSTED
+    worth: Acceptance = field(default_factory=lambda: Acceptance(_PRIOR_TRIALS, _PRIOR_TRIALS * _TRUSTED, _MEMORY))
     at: int = 0
     guess: list[int] = field(default_factory=list)
-
-    @property
-    def deserved(self) -> bool:
-        return self.right >= _TRUSTED * self.trials
 
     def learn(self, tokens: np.ndarray) -> None:
         """Hold the last guess against what came."""
         came = tokens[self.at : self.at + len(self.guess)]
         wrong = np.flatnonzero(came != np.array(self.guess[: len(came)], came.dtype))
-        right = int(wrong[0]) if len(wrong) else len(came)
-        self.trials = _MEMORY * self.trials + min(right + 1, len(came))
-        self.right = _MEMORY * self.right + right
+        self.worth.add(len(came), int(wrong[0]) if len(wrong) else len(came))
 
 
 class LookupFirst:
@@ -87,4 +81,4 @@ class LookupFirst:
         trust = self._trusts.setdefault(ask.key, _Trust())
         trust.learn(ask.tokens)
         trust.at, trust.guess = len(ask.tokens), lookup(ask.tokens, ask.k, shortest=_SHORTEST)
-        return trust.guess if trust.deserved else []
+        return trust.guess if trust.worth.rate >= _TRUSTED else []
