@@ -23,7 +23,7 @@ from joinwise.cluster.simulate.prefix import PrefixCaches
 from joinwise.cluster.simulate.profile import Coverage, Profile
 from joinwise.cluster.simulate.trace import Trace
 
-_LOOK_EVERY = 1000  # retries
+_LOOK_EVERY, _MOST_RETRIES = 1000, 1_000_000
 
 
 @dataclass
@@ -254,6 +254,10 @@ class Simulation:
                 self.waiting[choice.decode].append(job)
             else:
                 self._retries += 1
+                if self._retries > _MOST_RETRIES:  # something else goes on for ever beside them, such as an autoscaler
+                    raise ConfigError(
+                        f"caches wait for each other's room without end at {self.now:.0f} s; add machines"
+                    )
                 if self._retries % _LOOK_EVERY == 0 and self._only_retries() and not self._someone_goes():
                     self._send(job, choice)
                 else:
