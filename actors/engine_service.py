@@ -220,6 +220,8 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
             if kind == "add":
                 request = self._decoder.decode(list(message.add.request))
                 self._slot_of.setdefault(request.request_id, slot)
+                if message.add.again:
+                    self._send_begun(slot, request.request_id)
                 self._loop.add(slot, request)
             elif kind == "abort":
                 for request_id in message.abort.request_ids:
@@ -227,6 +229,8 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
                 self._loop.abort(slot, list(message.abort.request_ids))
             elif kind == "continue_request":
                 each = message.continue_request
+                if each.recompute:
+                    self._send_begun(slot, each.request_id)
                 self._loop.continue_(each.request_id, each.epoch, list(each.replay_token_ids), each.recompute)
 
     def _send(self, slot: int, message: engine_pb2.AttachResponse, finished: list[str]) -> None:
@@ -240,6 +244,9 @@ class EngineService(engine_pb2_grpc.EngineServiceServicer):
         except asyncio.QueueFull:
             logger.error("gateway %s does not read its outputs; cutting it off", gateway.gateway_id)
             self._end(gateway)
+
+    def _send_begun(self, slot: int, request_id: str) -> None:
+        self._send(slot, engine_pb2.AttachResponse(begun=engine_pb2.Begun(request_id=request_id)), [])
 
     def _forget(self, slot: int, request_id: str) -> None:
         if self._slot_of.get(request_id) == slot:  # a duplicate's end is not its namesake's

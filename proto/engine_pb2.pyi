@@ -35,10 +35,12 @@ class Hello(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., vllm_version: _Optional[str] = ..., cluster: _Optional[str] = ..., gateway_id: _Optional[str] = ..., worker_id: _Optional[str] = ..., worker_epoch: _Optional[int] = ...) -> None: ...
 
 class AddRequest(_message.Message):
-    __slots__ = ("request",)
+    __slots__ = ("request", "again")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
+    AGAIN_FIELD_NUMBER: _ClassVar[int]
     request: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, request: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    again: bool
+    def __init__(self, request: _Optional[_Iterable[bytes]] = ..., again: _Optional[bool] = ...) -> None: ...
 
 class AbortRequests(_message.Message):
     __slots__ = ("request_ids",)
@@ -59,14 +61,16 @@ class ContinueRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., epoch: _Optional[int] = ..., replay_token_ids: _Optional[_Iterable[int]] = ..., recompute: _Optional[bool] = ...) -> None: ...
 
 class AttachResponse(_message.Message):
-    __slots__ = ("welcome", "frame", "transfer")
+    __slots__ = ("welcome", "frame", "transfer", "begun")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     FRAME_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_FIELD_NUMBER: _ClassVar[int]
+    BEGUN_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     frame: Frame
     transfer: TransferReport
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., transfer: _Optional[_Union[TransferReport, _Mapping]] = ...) -> None: ...
+    begun: Begun
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ..., transfer: _Optional[_Union[TransferReport, _Mapping]] = ..., begun: _Optional[_Union[Begun, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("protocol_version", "worker_epoch", "vllm_version")
@@ -77,6 +81,12 @@ class Welcome(_message.Message):
     worker_epoch: int
     vllm_version: str
     def __init__(self, protocol_version: _Optional[int] = ..., worker_epoch: _Optional[int] = ..., vllm_version: _Optional[str] = ...) -> None: ...
+
+class Begun(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
 
 class Frame(_message.Message):
     __slots__ = ("outputs",)

@@ -59,6 +59,8 @@ class _Live:
     lost_on: set[str] = field(default_factory=set)
     loss: "tuple[int, asyncio.Task[bool]] | None" = None
     """Tokens emitted when a worker was last lost with it, and whether that one died."""
+    begun: bool = False
+    """Whether a worker has begun with it since that loss."""
     context: Context = field(default_factory=copy_context)
     """Of the client's call, whose error this request's is."""
 
@@ -211,6 +213,10 @@ class ClusterCore(EngineCoreClient):
                 live.fetched = not report.failure
                 if report.failure and live.prefill_done:
                     self._free_sender(live)
+        elif kind == "begun":
+            live = self._live.get(split.origin_of(message.begun.request_id)[0])
+            if live is not None and live.decode_id == message.begun.request_id:
+                live.begun = True
 
     async def on_lost(self, worker: WorkerRef, reason: str) -> None:
         """A worker is gone: go on without it."""
@@ -224,7 +230,7 @@ class ClusterCore(EngineCoreClient):
             if decodes:
                 self._spawn(self._move(live, live.attempt, worker, reason, died))
             else:
-                live.loss = len(live.merge.emitted), died
+                live.loss, live.begun = (len(live.merge.emitted), died), False
                 self._without_prefill(live, reason)
 
     # Inside.
@@ -247,7 +253,8 @@ class ClusterCore(EngineCoreClient):
             if prefill is None:
                 link = await self._links.get(decode)
                 if self._is_at(live, attempt):
-                    link.send(self._add(split.decode_part(request, live.decode_id, None, live.merge.emitted)))
+                    part = split.decode_part(request, live.decode_id, None, live.merge.emitted)
+                    link.send(self._add(part, again=attempt > 0))
                 return
             transfer_id = f"{request_id}.{attempt}.{secrets.token_hex(8)}"
             epoch, timeout = assignment.lease_epoch, self._transfer_timeout_s
@@ -368,8 +375,8 @@ class ClusterCore(EngineCoreClient):
     ) -> None:
         """Go on elsewhere, with what has been emitted; nothing, if that attempt is over.
 
-        A worker that died may have died of this request: if the next one dies too before there is another token of it,
-        it gets no third.
+        A worker that died may have died of this request: if the next one begins with it, and dies too before there is
+        another token of it, it gets no third. Workers that die at the same time, of their machine, put no blame on it.
         """
         request_id = live.request.request_id
         if not self._is_at(live, attempt):
@@ -383,7 +390,9 @@ class ClusterCore(EngineCoreClient):
             await self._router.settle(live.assignment, generated=len(live.merge.emitted))
         if died is not None:
             before, live.loss = live.loss, (len(live.merge.emitted), died)
-            if before is not None and before[0] == live.loss[0] and all(await asyncio.gather(before[1], died)):
+            begun, live.begun = live.begun, False
+            same = begun and before is not None and before[0] == live.loss[0]
+            if same and all(await asyncio.gather(before[1], died)):
                 logger.error("request %s is refused: a second worker, %s, has died with it", request_id, lost.worker_id)
                 self._fail(live, PoisonError("two workers have died with this request: it is not tried again"))
                 return
@@ -453,9 +462,10 @@ class ClusterCore(EngineCoreClient):
         if link is not None:
             link.send(engine_pb2.AttachRequest(abort=engine_pb2.AbortRequests(request_ids=[part])))
 
-    def _add(self, request: EngineCoreRequest) -> engine_pb2.AttachRequest:
+    def _add(self, request: EngineCoreRequest, *, again: bool = False) -> engine_pb2.AttachRequest:
         buffers: Sequence[Any] = self._encoder.encode(request)
-        return engine_pb2.AttachRequest(add=engine_pb2.AddRequest(request=[bytes(each) for each in buffers]))
+        added = engine_pb2.AddRequest(request=[bytes(each) for each in buffers], again=again)
+        return engine_pb2.AttachRequest(add=added)
 
     def _spawn(self, work: Any) -> "asyncio.Task[Any]":
         """Run bookkeeping in the background; what it raises is logged, and leases expire by themselves."""

@@ -44,8 +44,10 @@ class RawGateway:
     def __init__(self, call: Any) -> None:
         self._call = call
 
-    async def add(self, request_id: str, prompt: list[int], *, handoff: Any = None, **params: Any) -> None:
-        """Add a request, without any gateway's bookkeeping."""
+    async def add(
+        self, request_id: str, prompt: list[int], *, handoff: Any = None, again: bool = False, **params: Any
+    ) -> None:
+        """Add a request, without any gateway's bookkeeping; `again` says that it has lost a worker."""
         from vllm.sampling_params import SamplingParams
         from vllm.v1.engine import EngineCoreRequest
         from vllm.v1.serial_utils import MsgpackEncoder
@@ -64,7 +66,8 @@ class RawGateway:
             cache_salt=None,
             data_parallel_rank=None,
         )
-        await self.send(add=engine_pb2.AddRequest(request=[bytes(part) for part in MsgpackEncoder().encode(request)]))
+        parts = [bytes(part) for part in MsgpackEncoder().encode(request)]
+        await self.send(add=engine_pb2.AddRequest(request=parts, again=again))
 
     async def abort(self, *request_ids: str) -> None:
         """Abort requests."""

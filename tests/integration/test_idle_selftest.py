@@ -140,6 +140,26 @@ async def test_a_request_that_runs_is_seen(cluster: RunningCluster) -> None:
     await assert_idle(cluster, within_s=5)
 
 
+async def test_a_request_that_had_lost_a_worker_is_said_to_have_begun(
+    cluster: RunningCluster, decode: WorkerInfo
+) -> None:
+    """Before its first token, so that a worker that dies of it can be told from one that was dead already."""
+    from joinwise.actors.vllm.handoff import Handoff
+
+    async with attached(cluster.name, decode) as gateway:
+        await gateway.add("again.1.d", PROMPT, again=True, max_tokens=4)
+        assert (await gateway.read()).begun.request_id == "again.1.d"
+        again, _ = await gateway.tokens("again.1.d")
+        await gateway.add("waits.0.d", PROMPT, handoff=Handoff("recv", "from-nowhere", 1, "127.0.0.1:1"), max_tokens=4)
+        assert (await gateway.report("waits.0.d")).recomputed
+        await gateway.send(
+            continue_request=engine_pb2.ContinueRequest(request_id="waits.0.d", epoch=1, recompute=True)
+        )
+        assert (await gateway.read()).begun.request_id == "waits.0.d"
+        assert (await gateway.tokens("waits.0.d"))[0] == again
+    await assert_idle(cluster, within_s=5)
+
+
 # A gateway that misbehaves.
 
 

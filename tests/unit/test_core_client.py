@@ -173,6 +173,10 @@ class World:
         report = engine_pb2.TransferReport(request_id=part, failure=failure, recomputed=bool(failure))
         self.core.on_message(worker, engine_pb2.AttachResponse(transfer=report))
 
+    def begins(self, worker: WorkerRef, part: str) -> None:
+        """A worker's word that it has begun with a request that had lost another."""
+        self.core.on_message(worker, engine_pb2.AttachResponse(begun=engine_pb2.Begun(request_id=part)))
+
     def outputs(self) -> list[tuple[list[int], FinishReason | None]]:
         """What vLLM's front end got so far."""
         got = []
@@ -452,6 +456,7 @@ async def test_a_request_with_which_two_workers_die_is_refused(world: World, cap
     world.says(D, "r.0.d", 11)
     await world.core.on_lost(D, "gone")
     await world.until(lambda: world.links.links[E].sent)
+    world.begins(E, "r.1.d")
     world.says(E, "r.1.d", 11)  # repeats what there was, and dies of what comes next
     await world.core.on_lost(E, "gone")
     await world.until(lambda: not world.core.running)
@@ -467,10 +472,38 @@ async def test_a_request_with_which_its_prefill_worker_and_then_its_decode_worke
     with NotedErrors() as noted:
         await world.add(lease("l", P, D))
     await world.core.on_lost(P, "gone")
+    world.begins(D, "r.0.d")
     await world.core.on_lost(D, "gone")
     await world.until(lambda: not world.core.running)
     assert isinstance(noted.last, PoisonError)
     assert world.router.demands == [], "no third one is asked"
+
+
+@pytest.mark.parametrize("split", [True, False])
+async def test_workers_that_die_at_the_same_time_put_no_blame_on_a_request(world: World, split: bool) -> None:
+    """Before they could begin with it: they died of something else."""
+    world.router.next = [lease("m", None, E), lease("n", None, P)]
+    await world.add(lease("l", P if split else None, D))
+    dead = [P, D] if split else [D, E]
+    for worker in dead:
+        await world.core.on_lost(worker, "gone")
+        await world.settle_down()
+    serves, part = (E, "r.1.d") if split else (P, "r.2.d")
+    world.says(serves, part, 11, finish=FinishReason.LENGTH)
+    assert world.outputs() == [([11], FinishReason.LENGTH)]
+
+
+async def test_a_word_of_an_attempt_that_is_over_is_not_heard(world: World) -> None:
+    world.router.next = [lease("m", None, E), lease("n", None, P)]
+    await world.add(lease("l", None, D))
+    await world.core.on_lost(D, "gone")
+    await world.until(lambda: world.links.links[E].sent)
+    world.begins(D, "r.0.d")
+    world.begins(D, "another.0.d")
+    await world.core.on_lost(E, "gone")
+    await world.until(lambda: world.links.links[P].sent)
+    world.says(P, "r.2.d", 11, finish=FinishReason.LENGTH)
+    assert world.outputs() == [([11], FinishReason.LENGTH)]
 
 
 @pytest.mark.parametrize("left", ["d", "e"])
@@ -478,7 +511,8 @@ async def test_workers_that_leave_in_good_order_put_no_blame_on_a_request(world:
     world.router.next = [lease("m", None, E), lease("n", None, P)]
     world.router.left = {left}
     await world.add(lease("l", None, D))
-    for worker in (D, E):
+    for worker, part in ((D, "r.0.d"), (E, "r.1.d")):
+        world.begins(worker, part)
         await world.core.on_lost(worker, "gone")
         await world.settle_down()
     world.says(P, "r.2.d", 11, finish=FinishReason.LENGTH)
@@ -495,9 +529,11 @@ async def test_a_client_that_leaves_while_blame_is_weighed_hears_nothing(world: 
     world.router.registered = registered  # type: ignore[method-assign]
     world.router.next = [lease("m", None, E)]
     await world.add(lease("l", None, D))
-    for worker in (D, E):
-        await world.core.on_lost(worker, "gone")
-        await world.settle_down()
+    await world.core.on_lost(D, "gone")
+    await world.settle_down()
+    world.begins(E, "r.1.d")
+    await world.core.on_lost(E, "gone")
+    await world.settle_down()
     await world.core.abort_requests_async(["r"])
     weighing.set()
     await world.settle_down()
@@ -510,6 +546,7 @@ async def test_a_request_that_comes_on_between_two_deaths_is_innocent(world: Wor
     world.says(D, "r.0.d", 11)
     await world.core.on_lost(D, "gone")
     await world.until(lambda: world.links.links[E].sent)
+    world.begins(E, "r.1.d")
     for token in (11, 12):
         world.says(E, "r.1.d", token)
     await world.core.on_lost(E, "gone")
