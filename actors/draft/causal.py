@@ -19,6 +19,7 @@ import torch
 
 from joinwise.actors.draft.drafter import Ask
 from joinwise.actors.draft.linears import pack_linears
+from joinwise.actors.draft.slots import SlotCache, Slots
 
 _AT_ONCE = 64
 """Tokens of one sequence that a draft may still have to compute."""
@@ -42,37 +43,6 @@ class _Slot:
         return len(tokens) - len(self.held)
 
 
-class _SlotCache:
-    """What the model takes for its cache: rows of a batch are slots, and each token has a column of its own.
-
-    `only` is the slot of a batch of one. Keys and values are of shape (slots, heads, columns + 1, size); padding is
-    written to the last column.
-    """
-
-    def __init__(self, slots: int, columns: int) -> None:
-        self._slots, self._columns = slots, columns
-        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.rows = torch.empty(0, dtype=torch.long)
-        self.columns = torch.empty(0, 0, dtype=torch.long)
-        self.only: int | None = None
-        self.width = 0
-
-    def update(
-        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store a layer's new KV, each (rows, heads, tokens, size); returns all that the rows hold, `width` columns."""
-        if layer not in self._layers:
-            shape = (self._slots, keys.shape[1], self._columns + 1)
-            self._layers[layer] = keys.new_zeros(*shape, keys.shape[3]), values.new_zeros(*shape, values.shape[3])
-        return self._put(self._layers[layer][0], keys), self._put(self._layers[layer][1], values)
-
-    def _put(self, stored: torch.Tensor, fresh: torch.Tensor) -> torch.Tensor:
-        stored[self.rows[:, None], :, self.columns] = fresh.transpose(1, 2)
-        if self.only is not None:
-            return stored[self.only : self.only + 1, :, : self.width]  # no copy
-        return stored[self.rows, :, : self.width]
-
-
 class CausalDrafter:
     """Drafts what a causal model finds most likely.
 
@@ -91,9 +61,8 @@ class CausalDrafter:
         self._ids = model.get_input_embeddings().weight.shape[0]
         self._device = model.get_input_embeddings().weight.device
         self._max_tokens = min(max_tokens, int(model.config.max_position_embeddings))
-        self._cache = _SlotCache(slots, self._max_tokens)
-        self._free = list(range(slots))
-        self._slots: dict[Hashable, _Slot] = {}  # the first was used longest ago
+        self._cache = SlotCache(slots, self._max_tokens)
+        self._slots = Slots(slots, _Slot)
         self._behind: dict[Hashable, np.ndarray] = {}
 
     @classmethod
@@ -165,21 +134,13 @@ class CausalDrafter:
     def forget(self, key: Hashable) -> None:
         """Free a sequence's slot."""
         self._behind.pop(key, None)
-        if (slot := self._slots.pop(key, None)) is not None:
-            self._free.append(slot.index)
+        self._slots.free(key)
 
     def _slot(self, key: Hashable, taken: set[Hashable]) -> _Slot | None:
         """The sequence's slot; a new one takes the place of the one that rests longest, but of none in `taken`."""
-        slot = self._slots.pop(key, None)
-        if slot is None:
-            if not self._free:
-                oldest = next((each for each in self._slots if each not in taken), None)
-                if oldest is None:
-                    return None
-                self.forget(oldest)
-            slot = _Slot(self._free.pop())
-        self._slots[key] = slot
-        return slot
+        if (oldest := self._slots.evicted(key, taken)) is not None:
+            self.forget(oldest)
+        return self._slots.take(key)
 
     @torch.inference_mode()
     def _forward(self, rows: Sequence[tuple[_Slot, np.ndarray]]) -> list[int]:

@@ -15,11 +15,14 @@ class Ask:
         key: names the sequence; a drafter may keep what it has computed under it.
         tokens: all of it so far, shape (n,) with n at least 1; a later ask of the same key may tell other tokens.
         k: the most ids to draft, at least 1.
+        hidden: the target's last hidden states of the tokens before the last one, as many as are new; shape (m, size),
+            float16 or float32, the last row of the last token but one. None where there are none.
     """
 
     key: Hashable
     tokens: np.ndarray
     k: int
+    hidden: np.ndarray | None = None
 
 
 class Drafter(Protocol):

@@ -31,6 +31,7 @@ ENGINE_COMMANDS = {
     "bench": "Measure a cluster against plain vLLM.",
     "chaos": "Break a cluster of its own under load, and count what its clients notice.",
     "profile": "Measure an engine here, for `joinwise simulate` and `joinwise plan`.",
+    "train-draft": "Distil a draft head from a model's own answers, and measure it.",
 }
 _EXTRA = ("ray", "vllm", "torch")  # what both extras bring
 _ENGINE_PACKAGES = frozenset({"ray", "vllm", "torch", "transformers", "numpy", "fastapi", "uvicorn", "psutil"})

@@ -1,0 +1,134 @@
+"""What a target answers to prompts, token by token, with its last hidden states: what a head learns from.
+
+A folder of recordings is filled piece by piece, each whole or not there, so that it may be interrupted anywhere and
+goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from joinwise.actors.draft.train.saying import Say
+from joinwise.cluster.errors import ConfigError
+
+_AT_ONCE = 8
+Encode = Callable[[str], list[int]]
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """One answer.
+
+    Attributes:
+        tokens: of prompt and answer, int32, (n,).
+        prompt: how many of them are the prompt's.
+        hidden: the target's last hidden state at each, float16, (n, size).
+    """
+
+    tokens: np.ndarray
+    prompt: int
+    hidden: np.ndarray
+
+
+class Recorder:
+    """Lets a target answer, greedily.
+
+    Args:
+        model: a causal model of transformers, in evaluation mode.
+        encode: ids of a prompt as a request would have them.
+        ends: ids that end an answer.
+        answer_tokens: of an answer at most.
+        longest: tokens of a prompt; a longer one loses its beginning.
+    """
+
+    def __init__(
+        self, model: Any, encode: Encode, ends: Sequence[int], *, answer_tokens: int, longest: int = 512
+    ) -> None:
+        self._model = model
+        self._encode = encode
+        self._ends = list(ends)
+        self._answer_tokens = answer_tokens
+        self._longest = longest
+
+    @torch.inference_mode()
+    def answers(self, prompts: Sequence[str]) -> list[Recording]:
+        """Answers to some prompts, in one batch."""
+        ids = [self._encode(prompt)[-self._longest :] for prompt in prompts]
+        width = max(map(len, ids))
+        batch = torch.zeros(len(ids), width, dtype=torch.long)
+        mask = torch.zeros(len(ids), width, dtype=torch.long)
+        for row, each in enumerate(ids):
+            batch[row, width - len(each) :] = torch.tensor(each)
+            mask[row, width - len(each) :] = 1
+        answered = self._model.generate(
+            batch,
+            attention_mask=mask,
+            max_new_tokens=self._answer_tokens,
+            do_sample=False,
+            eos_token_id=self._ends or None,
+            pad_token_id=0,
+        )[:, width:].tolist()
+        return [self._watched(prompt, self._cut(answer)) for prompt, answer in zip(ids, answered, strict=True)]
+
+    def _cut(self, answer: list[int]) -> list[int]:
+        """Without what follows its end, which is padding."""
+        end = next((at for at, token in enumerate(answer) if token in self._ends), len(answer))
+        return answer[: end + 1]
+
+    def _watched(self, prompt: list[int], answer: list[int]) -> Recording:
+        """The hidden states along an answer: those that the output matrix is given."""
+        tokens = torch.tensor([[*prompt, *answer]])
+        hidden = self._model.base_model(tokens).last_hidden_state[0]
+        return Recording(tokens[0].numpy().astype(np.int32), len(prompt), hidden.to(torch.float16).numpy())
+
+
+def record(make: Callable[[], Recorder], prompts: Sequence[str], folder: Path, say: Say) -> list[Recording]:
+    """Recordings of these prompts, in their order: what `folder` lacks of them is made.
+
+    Args:
+        make: called once if anything is lacking; it may load a model.
+        prompts: each is a name for its recording, so a folder serves one target and one way to answer.
+
+    Raises:
+        ConfigError: a recording that is there cannot be read.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {prompt: folder / f"{hashlib.sha256(prompt.encode()).hexdigest()[:32]}.safetensors" for prompt in prompts}
+    lacking = sorted((prompt for prompt in files if not files[prompt].exists()), key=len)
+    recorder = make() if lacking else None
+    for at in range(0, len(lacking), _AT_ONCE):
+        say("answers of the target", len(files) - len(lacking) + at, len(files), "")
+        some = lacking[at : at + _AT_ONCE]
+        assert recorder is not None
+        for prompt, answer in zip(some, recorder.answers(some), strict=True):
+            _write(files[prompt], answer)
+    say("answers of the target", len(files), len(files), "")
+    return [_read(files[prompt]) for prompt in prompts]
+
+
+def _write(file: Path, recording: Recording) -> None:
+    draft = file.with_suffix(".part")
+    tensors = {
+        "tokens": torch.from_numpy(recording.tokens),
+        "prompt": torch.tensor(recording.prompt),
+        "hidden": torch.from_numpy(recording.hidden),
+    }
+    save_file(tensors, draft)
+    draft.replace(file)
+
+
+def _read(file: Path) -> Recording:
+    try:
+        found = load_file(file)
+        return Recording(found["tokens"].numpy(), int(found["prompt"]), found["hidden"].numpy())
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ConfigError(f"the recording {file} cannot be read ({error}): remove it, and it is made again") from error
