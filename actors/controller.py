@@ -4,6 +4,7 @@ Holds no opinion of its own: what is to be done when is decided by the pure func
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -12,11 +13,13 @@ from typing import Protocol
 
 from joinwise.actors.phases import told
 from joinwise.cluster import reconcile as rec
+from joinwise.cluster.errors import JoinwiseError
 
 logger = logging.getLogger(__name__)
 
 _HEALTH_TIMEOUT_S = 20.0
 _ANSWER_S = 1.0
+_ASK_EVERY_S = 2.0
 _BESIDE_DRAIN_S = 20.0
 Say = Callable[[str], None]
 
@@ -32,7 +35,10 @@ class Actor(Protocol):
         """Returns facts once it is ready; raises JoinwiseError."""
 
     async def failure(self, timeout_s: float) -> str:
-        """Why it is sick; "" while it is well."""
+        """Why it is sick; "" while it is well. Raises JoinwiseError when it is not ours any more."""
+
+    async def dismiss(self, timeout_s: float) -> None:
+        """Tell it that it will be stopped."""
 
     async def stop(self, timeout_s: float, *arguments: float) -> None:
         """Let it end, and kill it when that takes too long."""
@@ -47,14 +53,14 @@ class Post:
 
     Attributes:
         what: in the lines that people read.
-        make: starts the process of an actor, given how many the slot has had before, plus 1.
+        make: starts the process of an actor, given the post and how many the slot has had before, plus 1.
         patience_s: seconds for which what runs on a leaving actor may go on.
         stop: arguments of the actor's `stop`.
     """
 
     wanted: rec.Wanted
     what: str
-    make: Callable[[int], Actor]
+    make: Callable[["Post", int], Actor]
     patience_s: float
     stop: tuple[float, ...] = ()
 
@@ -102,6 +108,11 @@ class Controller:
         self.refused: list[str] = []
         """A sentence on each replacement that did not start, oldest first."""
 
+    def adopt(self, actor: Actor, post: Post, number: int, facts: dict[str, str]) -> None:
+        """Look after an actor that is ready already. `number`: of those that its slot has had."""
+        self._made[post.wanted.slot] = max(number, self._made.get(post.wanted.slot, 0))
+        self._held[actor.name] = _Held(actor, post, "ready", facts=facts)
+
     async def fill(self) -> None:
         """Start an actor in every slot, all at once, and wait until they are ready.
 
@@ -109,9 +120,13 @@ class Controller:
             ExceptionGroup: of what the first that failed has raised.
             TimeoutError: some are not ready in time; `late` names them.
         """
-        async with asyncio.timeout(self._start_timeout_s), asyncio.TaskGroup() as group:
-            for post in self._posts:
-                group.create_task(self._start(self._make(post)))
+        asking = asyncio.create_task(self._keep_asking())
+        try:
+            async with asyncio.timeout(self._start_timeout_s), asyncio.TaskGroup() as group:
+                for post in self._posts:
+                    group.create_task(self._start(self._make(post)))
+        finally:
+            asking.cancel()
 
     def want(self, posts: Sequence[Post]) -> None:
         """Change what is wanted; `look` brings it about."""
@@ -143,6 +158,7 @@ class Controller:
         for held in list(self._held.values()):
             if held.state == "starting":
                 self._end(held)
+        await asyncio.gather(*(held.actor.dismiss(_ANSWER_S) for held in self._held.values()))
         for early in (True, False):
             some = [held for held in self._held.values() if (held.post.what == first) == early]
             for held in some:
@@ -174,6 +190,13 @@ class Controller:
                     held.sick = held.asked.result()
                 held.asked = None
 
+    async def _keep_asking(self) -> None:
+        """Nobody shall think, while others start, that there is no launcher any more."""
+        while True:
+            with contextlib.suppress(JoinwiseError):  # said again when it is looked after
+                await self._ask()
+            await asyncio.sleep(_ASK_EVERY_S)
+
     def _as_wanted(self) -> bool:
         wanted = {(post.wanted.slot, post.wanted.build) for post in self._posts}
         found = [held.seen() for held in self._held.values()]
@@ -198,7 +221,7 @@ class Controller:
     def _make(self, post: Post) -> _Held:
         slot = post.wanted.slot
         self._made[slot] = self._made.get(slot, 0) + 1
-        held = _Held(post.make(self._made[slot]), post)
+        held = _Held(post.make(post, self._made[slot]), post)
         self._held[held.actor.name] = held
         return held
 

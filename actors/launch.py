@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,8 +25,10 @@ from pathlib import Path
 from redis.asyncio import Redis
 
 from joinwise.actors import logs, ray_api, runfile
+from joinwise.actors.adoption import Adopted, adopt
 from joinwise.actors.controller import Controller, Post
 from joinwise.actors.draft.vocabulary import check_vocabularies
+from joinwise.actors.host import Keep, Label
 from joinwise.actors.models import resolve_model
 from joinwise.actors.phases import Phases, process_began, told
 from joinwise.actors.runfile import RunFile
@@ -87,6 +89,7 @@ class Cluster:
         self._controller: Controller | None = None
         self._scaler = Autoscaler(config.pools)
         self._ray: ray_api.Connection | None = None
+        self._myself = ""
         self._phases = phases or Phases()
 
     def start_redis(self) -> str:
@@ -117,9 +120,6 @@ class Cluster:
 
     async def _start(self) -> dict[str, str]:
         config = self.config
-        if self._with_gateway:  # known before engines have started for nothing
-            _refuse_taken(config.gateway.host, config.gateway.http_port, "gateway.http_port")
-            _refuse_taken(config.gateway.host, config.gateway.grpc_port, "gateway.grpc_port")
         self.start_redis()
         await self._reach_redis()
         self._phases.done("Redis")
@@ -134,13 +134,18 @@ class Cluster:
         await models
         await self._record_adapters()
         self._phases.done("models")
+        adopted = await self._adopt()
+        if self._with_gateway and not any(each.account.label.slot == _GATEWAY for each in adopted):
+            _refuse_taken(config.gateway.host, config.gateway.http_port, "gateway.http_port")
+            _refuse_taken(config.gateway.host, config.gateway.grpc_port, "gateway.grpc_port")
+        self._scaler.resume(_workers_of(adopted))
         self._controller = Controller(self._posts(config), self._say, config.ray.start_timeout_s)
-        parts = [(sum(pool.replicas for pool in config.pools if pool.role != "draft"), "engines")]
-        parts += [(sum(pool.replicas for pool in config.pools if pool.role == "draft"), "draft actors")]
-        listed = ", ".join(f"{count} {what}" for count, what in parts if count)
-        self._say(f"starting {listed}{' and the gateway' if self._with_gateway else ''}")
+        for each in adopted:
+            label, facts = each.account.label, each.account.facts or {}
+            post = Post(Wanted(label.slot, label.build), label.what, _never, label.patience_s, label.stop)
+            self._controller.adopt(each.actor, post, label.number, facts)
         try:
-            await self._controller.fill()
+            await (self._complete() if adopted else self._fill())
         except TimeoutError:
             raise ConfigError(
                 f"not ready within {config.ray.start_timeout_s:.0f} s (ray.start_timeout_s): "
@@ -152,6 +157,37 @@ class Cluster:
             self.addresses = self._controller.facts(_GATEWAY)
             self._say(f"ready: {self.addresses['http']} (HTTP), {self.addresses['grpc']} (gRPC)")
         return self.addresses
+
+    async def _adopt(self) -> list[Adopted]:
+        """What another launcher has left at work; nothing in a Ray, or with a Redis, that has ended with it."""
+        if not self._keeps:
+            return []
+        self._myself = ray_api.myself()
+        return await adopt(self.config, self.redis_url, self._say, alone=self._with_gateway)
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether actors outlive this launcher."""
+        assert self._ray is not None, "it is connected"
+        return bool(not self._ray.local and self._redis is None and self.config.ray.alone_s)
+
+    async def _fill(self) -> None:
+        assert self._controller is not None
+        workers = [pool.role for pool in self.config.pools for _ in range(pool.replicas)]
+        drafts = workers.count("draft")
+        parts = [(len(workers) - drafts, "engines"), (drafts, "draft actors")]
+        listed = ", ".join(f"{count} {what}" for count, what in parts if count)
+        self._say(f"starting {listed}{' and the gateway' if self._with_gateway else ''}")
+        await self._controller.fill()
+
+    async def _complete(self) -> None:
+        """What is missing is started while the rest serves: only without a gateway is there something to wait for."""
+        assert self._controller is not None
+        async with asyncio.timeout(self.config.ray.start_timeout_s):
+            await self._controller.look()
+            while self._with_gateway and not self._controller.facts(_GATEWAY):
+                await asyncio.sleep(_CHANGE_EVERY_S)
+                await self._controller.look()
 
     async def supervise(self, stopped: asyncio.Event) -> None:
         """Keep actors as they are wanted until `stopped` is set: those that die or fall sick are replaced.
@@ -283,16 +319,24 @@ class Cluster:
             posts.append(Post(Wanted(_GATEWAY, gateway_build(config), surge=False), _GATEWAY, make, patience))
         return posts
 
-    def _worker_actor(self, config: JoinwiseConfig, spec: WorkerSpec, generation: int) -> ray_api.Actor:
+    def _keep(self, post: Post, number: int) -> Keep | None:
+        if not self._keeps:
+            return None
+        wanted = post.wanted
+        label = Label(wanted.slot, number, wanted.build, post.what, post.patience_s, post.stop, self.redis_url)
+        return Keep(label, self._myself, self.config.ray.alone_s)
+
+    def _worker_actor(self, config: JoinwiseConfig, spec: WorkerSpec, post: Post, number: int) -> ray_api.Actor:
         pool = next(pool for pool in config.pools if pool.name == spec.pool)
-        spec = replace(spec, worker_id=f"{spec.worker_id}-{generation}")
-        return ray_api.Actor(
+        spec = replace(spec, worker_id=f"{spec.worker_id}-{number}")
+        return ray_api.Actor.launch(
             f"joinwise.actors.hosts:{'draft' if pool.role == 'draft' else 'engine'}_actor",
             config,
             spec,
             self.redis_url,
             name=spec.worker_id,
             namespace=ray_api.namespace(config),
+            keep=self._keep(post, number),
             # Our own Ray has no other node to send one to: CPUs are shared out by `cores`.
             num_cpus=0 if self._ray is not None and self._ray.local else pool.resources.num_cpus,
             num_gpus=pool.resources.num_gpus,
@@ -301,18 +345,19 @@ class Cluster:
             log_level=config.log.level,
         )
 
-    def _gateway_actor(self, config: JoinwiseConfig, generation: int) -> ray_api.Actor:
+    def _gateway_actor(self, config: JoinwiseConfig, post: Post, number: int) -> ray_api.Actor:
         """A gateway on the launcher's own node; a later one takes over the ports of the first."""
         gateway = config.gateway
         if self.addresses:
             http, grpc = (int(self.addresses[name].rpartition(":")[2]) for name in ("http", "grpc"))
             gateway = gateway.model_copy(update={"http_port": http, "grpc_port": grpc})
-        return ray_api.Actor(
+        return ray_api.Actor.launch(
             "joinwise.actors.hosts:gateway_actor",
             config.model_copy(update={"gateway": gateway}),
             self.redis_url,
-            name=f"gateway-0-{generation}",
+            name=f"gateway-0-{number}",
             namespace=ray_api.namespace(config),
+            keep=self._keep(post, number),
             num_cpus=0,
             node=ray_api.node_id(),
             log_level=config.log.level,
@@ -344,6 +389,16 @@ class Cluster:
         for name, why in self._scaler.look(workers, waiting, time.monotonic()).items():
             self._say(f"pool {name}: {before[name]} -> {self._scaler.workers[name]} workers, for {why}")
             self._controller.want(self._posts(self.config))
+
+
+def _workers_of(adopted: Sequence[Adopted]) -> dict[str, int]:
+    """How many workers each pool has, of those that were taken over."""
+    slots = [each.account.label.slot.rpartition("-") for each in adopted if each.account.label.slot != _GATEWAY]
+    return {pool: max(int(index) for name, _, index in slots if name == pool) + 1 for pool, _, _ in slots}
+
+
+def _never(post: Post, number: int) -> ray_api.Actor:
+    raise AssertionError(f"{post.wanted.slot} is filled: what follows is made by the post that is wanted")
 
 
 def _refuse_taken(host: str, port: int, name: str) -> None:

@@ -1,7 +1,7 @@
 """The only file that calls `ray.*`: connect, start actors, watch them, stop them.
 
 Nothing hot goes through here: actors answer `start`, `stop` and `failure`; requests, tokens and KV
-never touch Ray. Actors belong to the launcher: they end when it does, whatever ends it.
+never touch Ray. Actors belong to a launcher: they end when it does, or wait for the next one (`Keep`).
 """
 
 import asyncio
@@ -27,11 +27,13 @@ for _name, _value in {
 
 import psutil  # noqa: E402
 import ray  # noqa: E402
+from ray._private import state  # noqa: E402
 from ray._private.node import Node  # noqa: E402
 from ray.exceptions import RayError, RayTaskError  # noqa: E402
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
 
 from joinwise.actors import cpu  # noqa: E402
+from joinwise.actors.host import Account, Host, Keep  # noqa: E402
 from joinwise.actors.phases import Phases  # noqa: E402
 from joinwise.cluster.config import JoinwiseConfig  # noqa: E402
 from joinwise.cluster.errors import ConfigError, InternalError, JoinwiseError  # noqa: E402
@@ -163,19 +165,40 @@ def missing(demand: Mapping[str, float]) -> dict[str, float]:
     return {name: amount for name, amount in demand.items() if amount > offered.get(name, 0.0)}
 
 
+def myself() -> str:
+    """This process, to actors that outlive it: the Serve replica, or else the Ray job, that it is."""
+    context = ray.get_runtime_context()
+    actor = context.get_actor_id()
+    return f"actor {actor}" if actor else f"job {context.get_job_id()}"
+
+
+def lives(owner: str) -> bool:
+    """Whether what `myself` has named once still runs, as far as Ray knows."""
+    kind, _, identity = owner.partition(" ")
+    if kind == "actor":
+        return bool(state.actors(identity).get("State") not in (None, "DEAD"))
+    return any(job["JobID"] == identity and not job["IsDead"] for job in state.jobs())
+
+
 class Actor:
-    """A running actor.
+    """A running actor, looked after by us.
 
     Args:
-        target: `module:function` that gets the arguments, and returns an object with `start`, `stop`,
-            `failure` and `phases`; it is called inside the actor.
-        name: the actor's name; in Ray's namespace something random follows it.
-        threads: compute threads of the actor's process.
-        node: id of the node it must run on; None leaves that to Ray.
+        name: for people.
+        handle: Ray's.
+        owner: what its host knows us by.
     """
 
-    def __init__(
-        self,
+    def __init__(self, name: str, handle: Any, owner: str = "") -> None:
+        self.name = name
+        self.phases: dict[str, float] = {}
+        self._handle = handle
+        self._owner = owner
+        self._ours = True
+
+    @classmethod
+    def launch(
+        cls,
         target: str,
         *arguments: Any,
         name: str,
@@ -186,12 +209,23 @@ class Actor:
         threads: int = 1,
         log_level: str = "info",
         node: str | None = None,
-    ) -> None:
-        placed = {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)} if node else {}
-        self.name = name
-        self.phases: dict[str, float] = {}
-        self._handle = (
-            ray.remote(_Host)
+        keep: Keep | None = None,
+    ) -> "Actor":
+        """Start the process of an actor.
+
+        Args:
+            target: `module:function` that gets the arguments, and returns an object with `start`, `stop`,
+                `failure` and `phases`; it is called inside the actor.
+            name: the actor's name; in Ray's namespace something random follows it.
+            threads: compute threads of the actor's process.
+            node: id of the node it must run on; None leaves that to Ray.
+            keep: that it outlives us, and for how long; None for one that ends with us.
+        """
+        options: dict[str, Any] = {"lifetime": "detached"} if keep is not None else {}
+        if node:
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
+        handle = (
+            ray.remote(Host)
             .options(
                 # Two launchers of one cluster may overlap for a moment, when Serve replaces one.
                 name=f"{name}.{secrets.token_hex(2)}",
@@ -200,10 +234,11 @@ class Actor:
                 num_gpus=num_gpus,
                 resources=dict(resources or {}),
                 max_restarts=0,
-                **placed,
+                **options,
             )
-            .remote(name, target, arguments, cpu.environment(threads, log_level), log_level)
+            .remote(name, target, arguments, cpu.environment(threads, log_level), log_level, keep)
         )
+        return cls(name, handle, keep.owner if keep is not None else "")
 
     async def start(self) -> Any:
         """Start what the actor hosts; returns what it says. `phases` has the seconds since, by what they went to."""
@@ -221,87 +256,76 @@ class Actor:
         return facts
 
     async def failure(self, timeout_s: float) -> str:
-        """Why the actor is sick or gone; empty when it is well."""
+        """Why the actor is sick or gone; empty when it is well.
+
+        Raises:
+            InternalError: another launcher looks after it now.
+        """
         try:
             async with asyncio.timeout(timeout_s):
-                return str(await self._handle.failure.remote())
+                said = await self._handle.failure.remote(self._owner)
         except TimeoutError:
             return f"it has not answered for {timeout_s:.0f} s"
         except RayError as error:
             return f"it is gone: {type(error).__name__}"
+        if said is None:
+            self._ours = False
+            raise InternalError(f"another launcher looks after {self.name} now: this one ends, and leaves all as it is")
+        return str(said)
 
     async def call(self, method: str, *arguments: Any) -> Any:
         """Call a method of what the actor hosts."""
         return await self._handle.call.remote(method, arguments)
 
+    async def dismiss(self, timeout_s: float) -> None:
+        """Tell it that it will be stopped, and need not wait for another launcher should we not come to that."""
+        with contextlib.suppress(TimeoutError, RayError):
+            async with asyncio.timeout(timeout_s):
+                await self._handle.dismiss.remote(self._owner)
+
     async def stop(self, timeout_s: float, *arguments: Any) -> None:
         """Stop what the actor hosts, then the actor; it is killed when that takes too long."""
         try:
             async with asyncio.timeout(timeout_s):
-                await self._handle.stop.remote(*arguments)
+                self._ours = bool(await self._handle.stop.remote(self._owner, *arguments))
         except (TimeoutError, RayError):
             pass
         self.kill()
 
     def kill(self) -> None:
-        """End the actor's process at once."""
-        ray.kill(self._handle, no_restart=True)
+        """End the actor's process at once; not that of one which another launcher has taken over."""
+        if self._ours:
+            ray.kill(self._handle, no_restart=True)
+
+    async def take(self, before: str) -> bool:
+        """Look after it from now on; False if it is gone, or another launcher was quicker.
+
+        Args:
+            before: who has looked after it.
+        """
+        try:
+            self._owner = myself()
+            self._ours = bool(await self._handle.take.remote(before, self._owner))
+        except RayError:
+            self._ours = False
+        return self._ours
 
 
-class _Host:
-    """Runs inside the actor's process, on its event loop.
+async def find(namespace: str, timeout_s: float) -> list[tuple[Actor, Account]]:
+    """The actors in a namespace that outlive their launchers, and what they say of themselves.
 
-    The environment is set here and not as Ray's runtime environment, so that a worker process that Ray has started
-    ahead can be used; nothing that reads it (torch, OpenMP, vLLM) is imported before `start`.
+    One that does not answer in time is left out: it has hardly begun to start.
     """
 
-    def __init__(
-        self, name: str, target: str, arguments: tuple[Any, ...], environment: dict[str, str], log_level: str
-    ) -> None:
-        os.environ.update(environment)
-        self._name = name
-        self._log_level = log_level
-        self._target = target
-        self._arguments = arguments
-        self._hosted: Any = None
-
-    def __repr__(self) -> str:
-        return self._name  # in front of each of its lines in the log
-
-    async def start(self) -> tuple[Any, dict[str, float]]:
-        import gc
-        import importlib
-        import logging
-
-        from joinwise.actors import logs
-
-        for config in self._arguments:
-            if isinstance(config, JoinwiseConfig):
-                logs.setup(config, self._log_level)
-        module, _, function = self._target.partition(":")
-        phases = Phases()
-        # A million objects come, and stay. Looking through them again and again took a quarter of the imports' time.
-        gc.disable()
+    async def ask(name: str) -> tuple[Actor, Account] | None:
         try:
-            self._hosted = getattr(importlib.import_module(module), function)(*self._arguments)
-            phases.done("imports")
-            facts = await self._hosted.start()
-        except JoinwiseError:
-            raise
-        except Exception:
-            logging.getLogger(__name__).exception("%s could not start", self._name)
-            raise
-        finally:
-            gc.enable()
-        gc.freeze()
-        return facts, phases.seconds | self._hosted.phases.seconds
+            handle = ray.get_actor(name, namespace=namespace)
+            async with asyncio.timeout(timeout_s):
+                account = await handle.account.remote()
+        except (ValueError, AttributeError, TimeoutError, RayError):  # gone meanwhile, or none of ours
+            return None
+        return (Actor(name.rpartition(".")[0], handle), account) if account is not None else None
 
-    async def stop(self, *arguments: Any) -> None:
-        if self._hosted is not None:
-            await self._hosted.stop(*arguments)
-
-    async def call(self, method: str, arguments: tuple[Any, ...]) -> Any:
-        return await getattr(self._hosted, method)(*arguments)
-
-    async def failure(self) -> str:
-        return str(self._hosted.failure()) if self._hosted is not None else "it has not started"
+    named = ray.util.list_named_actors(all_namespaces=True)
+    found = await asyncio.gather(*(ask(each["name"]) for each in named if each["namespace"] == namespace))
+    return [each for each in found if each is not None]

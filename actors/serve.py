@@ -5,7 +5,8 @@
 Two deployments. `engines` is one replica, the launcher: it starts Redis (where that is embedded) and the engines, and
 replaces those that die. `gateway` is any number of replicas; each builds a gateway and opens its own HTTP and gRPC
 listeners, so that no request goes through Serve (docs/decisions/0002-serve-listener.md). Serve starts, watches, drains
-and replaces both. Engines belong to the launcher's replica and end with it, however it ends.
+and replaces both. Engines belong to the launcher's replica: they end when Serve stops it; where Redis is not embedded
+they serve on when it dies, and the next one takes them over (`adoption.py`).
 """
 
 import asyncio

@@ -81,6 +81,11 @@ class Autoscaler:
             if pool.autoscale is not None
         }
 
+    def resume(self, workers: Mapping[str, int]) -> None:
+        """Go on with as many workers of each pool as there are already."""
+        for name, pool in self._pools.items():
+            pool.workers = _within(pool.settings, workers.get(name, pool.workers))
+
     def look(self, workers: Iterable[WorkerState], waiting: int, now: float) -> dict[str, str]:
         """Take a measurement in.
 

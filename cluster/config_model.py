@@ -421,6 +421,9 @@ class RayConfig(Section):
     """Ray namespace of the actors; None means `joinwise-<cluster>`."""
     start_timeout_s: Seconds = 600.0
     """Seconds until all workers must be ready."""
+    alone_s: Literal[0] | Annotated[float, Field(ge=30, le=86400)] = 600.0
+    """Seconds for which workers and gateway serve on when their launcher has died, so that the next one takes them
+    over; 0 lets them end with it. Only in a Ray, and with a Redis, that joinwise did not start."""
 
 
 class LogConfig(Section):

@@ -1,9 +1,12 @@
 """`joinwise bench goodput`: how much traffic two cores serve within limits, split by phase or not.
 
 Two engines, one core each, behind joinwise with its policy `auto`; the same two as plain vLLM servers behind
-`vllm-router`; and, for information and with the first seed alone, joinwise with `split: always`. Requests arrive as in
-a trace whose lengths are scaled to the small model, whether or not earlier ones are done; prompts are random tokens, so
-that no cache helps.
+`vllm-router`; and, for information and with the first seed alone, joinwise with `split: always`, and the plain pair
+with short steps. Requests arrive as in a trace whose lengths are scaled to the small model, whether or not earlier ones
+are done; prompts are random tokens, so that no cache helps.
+
+A decode pool computes few prompts, so its steps are short (Sarathi-Serve, arXiv 2403.02310: what a step may hold bounds
+the gaps of those that decode in it); plain engines have vLLM's own, since they compute all prompts.
 
 A request *attains* when its first token comes within `ttft_limit_s` and the mean of its later gaps is within
 `tpot_limit_s`. Both are multiples of what one plain engine alone needs for the trace's typical request, measured in the
@@ -40,11 +43,14 @@ from joinwise.cluster.errors import ConfigError
 from joinwise.cluster.simulate.trace import Trace, load
 
 RATES = (0.5, 0.75, 1.0, 1.25, 1.5)
-OURS, PLAIN, ALWAYS = "joinwise auto", "plain pair", "joinwise always split"
+OURS, PLAIN = "joinwise auto", "plain pair"
+ALWAYS, SHORT = "joinwise always split", "plain pair, short steps"
+_INFORMATION = (ALWAYS, SHORT)
 _ENOUGH = 0.9
 _TTFT_FACTOR, _TPOT_FACTOR = 8.0, 4.0
 _MAX_MODEL_LEN = 2048
 _ENGINE = {"enforce_eager": True, "kv_cache_memory_bytes": 400_000_000, "block_size": 32, "max_num_seqs": 32}
+_SHORT_STEPS = {"max_num_batched_tokens": 96}
 _PATIENCE_S = 60.0
 _STEPS = 8
 
@@ -114,13 +120,17 @@ def _start(stack: ExitStack, folder: Path, say: Say) -> tuple[dict[str, str], st
         facts = stack.enter_context(local_cluster(_cluster(side, router), folder))
         urls[side] = facts["addresses"]["http"]
     engine = {"dtype": "float32", "max_model_len": _MAX_MODEL_LEN, **_ENGINE}
-    servers = []
-    for number, core in enumerate(sorted(os.sched_getaffinity(0))[:2]):
-        say(f"starting plain vLLM on core {core}")
-        log = folder / f"plain-{number}.log"
-        servers.append(stack.enter_context(plain_vllm(str(model.path), MODEL, [core], engine, log)))
-    urls[PLAIN] = stack.enter_context(foreign_router("vllm-router", servers, "power_of_two", folder / "router.log"))
-    return urls, servers[0]
+    alone = ""
+    for side, more in ((SHORT, _SHORT_STEPS), (PLAIN, {})):
+        servers = []
+        for number, core in enumerate(sorted(os.sched_getaffinity(0))[:2]):
+            say(f"starting {side} on core {core}")
+            log = folder / f"{side}-{number}.log"
+            servers.append(stack.enter_context(plain_vllm(str(model.path), MODEL, [core], engine | more, log)))
+        log = folder / f"{side}.log"
+        urls[side] = stack.enter_context(foreign_router("vllm-router", servers, "power_of_two", log))
+        alone = servers[0]
+    return urls, alone
 
 
 async def _measure(
@@ -133,7 +143,7 @@ async def _measure(
     goodput = await _goodput(trace, urls[PLAIN], limits, requests, seeds, say)
     rows = []
     for turn, (seed, share) in enumerate(itertools.product(range(seeds), RATES)):
-        sides = [side for side in urls if side != ALWAYS or not seed]
+        sides = [side for side in urls if side not in _INFORMATION or not seed]
         for side in sides if turn % 2 else sides[::-1]:
             say(f"{trace.name}: {side} at {share:g} of {goodput:.2f}/s, seed {seed}")
             row = await _load(trace, urls[side], limits, share * goodput, requests, seed)
@@ -282,7 +292,8 @@ def _quantile(values: Sequence[float], share: float) -> float:
 
 def _cluster(side: str, router: dict[str, Any]) -> JoinwiseConfig:
     model = {"name": MODEL, "model": MODEL, "dtype": "float32", "max_model_len": _MAX_MODEL_LEN}
-    pools = [{"name": role, "model": MODEL, "role": role, "engine": dict(_ENGINE)} for role in ("prefill", "decode")]
+    engines = {"prefill": _ENGINE, "decode": _ENGINE | _SHORT_STEPS}
+    pools = [{"name": role, "model": MODEL, "role": role, "engine": engine} for role, engine in engines.items()]
     return JoinwiseConfig.model_validate(
         {
             "cluster": f"bench-{side.replace(' ', '-')}",

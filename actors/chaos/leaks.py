@@ -6,10 +6,12 @@ from pathlib import Path
 import grpc
 import httpx
 
+from joinwise.actors.auth import bearer
 from joinwise.cluster.config_model import RouterConfig
 from joinwise.cluster.router.registry import Registry
 from joinwise.cluster.router.router import Router
 from joinwise.cluster.store.client import connect
+from joinwise.cluster.store.keys import Keys
 from joinwise.proto import engine_pb2, engine_pb2_grpc
 
 _SHM = Path("/dev/shm")  # noqa: S108 - looked at only
@@ -34,12 +36,13 @@ async def leftovers(cluster: str, redis_url: str, http: str) -> list[str]:
         settings = RouterConfig()
         found += await Router(client, cluster, settings).leftovers()
         workers = await Registry(client, cluster, settings).list()
+        token = str(await client.get(Keys(cluster).token) or "")
     finally:
         await client.aclose()
     for worker in workers:
         async with grpc.aio.insecure_channel(worker.engine_address) as channel:
             stub = engine_pb2_grpc.EngineServiceStub(channel)
-            idle = await stub.Idle(engine_pb2.IdleRequest(), timeout=_ANSWER_S)
+            idle = await stub.Idle(engine_pb2.IdleRequest(), timeout=_ANSWER_S, metadata=bearer(token))
         counts = {
             "requests in the scheduler": idle.scheduler_requests,
             "KV blocks in use": idle.blocks_used,

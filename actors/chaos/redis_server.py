@@ -3,7 +3,10 @@
 import secrets
 import shutil
 import subprocess
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import redis
@@ -12,8 +15,19 @@ from joinwise.actors.bench.server import free_port
 from joinwise.cluster.errors import StoreStartError
 from joinwise.cluster.store.embedded import find_server
 
+_MEMORY = Path("/dev/shm")  # noqa: S108 - a folder of our own in it
 _READY_S = 10.0
 _POLL_S = 0.02
+
+
+@contextmanager
+def folder_in_memory() -> Iterator[Path]:
+    """A folder for a server's data while the context is open, in memory where there is such a file system.
+
+    Redis waits for its disk: one that stalls is a fault that nobody has asked for.
+    """
+    with tempfile.TemporaryDirectory(prefix="jw-redis-", dir=_MEMORY if _MEMORY.is_dir() else None) as name:
+        yield Path(name)
 
 
 class RedisServer:

@@ -21,7 +21,7 @@ from joinwise.actors.chaos.faults import NotFiredError, strike
 from joinwise.actors.chaos.kept import Kept
 from joinwise.actors.chaos.leaks import leftovers
 from joinwise.actors.chaos.load import ANSWERS, Load, Outcome, Question, questions, stream_http
-from joinwise.actors.chaos.redis_server import RedisServer
+from joinwise.actors.chaos.redis_server import RedisServer, folder_in_memory
 from joinwise.actors.chaos.schedule import Fault, Kind
 from joinwise.actors.chaos.site import MODEL, PLAIN_ENGINE, Site, cluster_config
 from joinwise.actors.models import resolve_model
@@ -130,7 +130,7 @@ def break_one(
 def started(settings: Settings, folder: Path, stack: ExitStack, say: Say) -> Site:
     """A cluster with its Redis, which stops with the stack. Errors as for `Launcher.wait_ready`."""
     name = f"chaos-{os.getpid()}"
-    redis = RedisServer(folder / "redis")
+    redis = RedisServer(stack.enter_context(folder_in_memory()) / "data")
     redis.start()
     stack.callback(redis.kill)
     config = cluster_config(name, redis.url, prefill=settings.prefill, decode=settings.decode, draft=settings.draft)

@@ -108,3 +108,13 @@ class Home:
         while left := self.processes():
             assert time.monotonic() < deadline, "left running:\n" + "\n".join(left)
             time.sleep(0.2)
+
+
+def listener(address: str) -> int:
+    """The process that listens at host:port."""
+    host, _, port = address.rpartition(":")
+    listening = [each for each in psutil.net_connections("tcp") if each.status == "LISTEN"]
+    mine = (f"::ffff:{host}", int(port)), (host, int(port))  # gRPC listens by IPv6, where there is that
+    (pid,) = {each.pid for each in listening if (each.laddr.ip, each.laddr.port) in mine}
+    assert pid
+    return pid

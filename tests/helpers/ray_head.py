@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+import psutil
 from helpers.processes import Home
 
 _BIN = Path(sys.executable).parent
@@ -77,6 +79,33 @@ def ray_head(folder: Path, cpus: int = 4) -> Iterator[RayHead]:
         stack.callback(_end, process)
         _wait_until_it_answers(head, process)
         yield head
+
+
+@contextmanager
+def ray_node(head: RayHead, folder: Path, resources: dict[str, float]) -> Iterator[psutil.Process]:
+    """One more node for a head while the context is open: its raylet."""
+    (agent,) = free_ports(1)
+    command = [str(_BIN / "ray"), "start", "--block", "--disable-usage-stats", f"--address={head.address}"]
+    command += ["--node-ip-address=127.0.0.1", f"--dashboard-agent-listen-port={agent}", "--num-cpus=2"]
+    command += ["--object-store-memory=100000000", f"--resources={json.dumps(resources)}"]
+    with (folder / f"node-{agent}.log").open("w") as output:
+        process = subprocess.Popen(
+            command, env=head.env, cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+        )
+    try:
+        yield _raylet_of(process)
+    finally:
+        _end(process)
+
+
+def _raylet_of(process: subprocess.Popen[bytes], timeout_s: float = 60) -> psutil.Process:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        assert process.poll() is None and time.monotonic() < deadline, "the node has not started"
+        for child in psutil.Process(process.pid).children(recursive=True):
+            if child.name() == "raylet":
+                return child
+        time.sleep(0.1)
 
 
 def free_ports(count: int) -> list[int]:

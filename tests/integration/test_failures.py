@@ -20,15 +20,14 @@ from typing import Any
 
 import grpc
 import httpx
-import psutil
 import pytest
 import redis
 import yaml
 from helpers.cluster import MODEL, RunningCluster, cluster_config, running_cluster
 from helpers.idle import assert_idle
-from helpers.processes import Home
+from helpers.processes import Home, listener
 
-from joinwise.actors.chaos.redis_server import RedisServer
+from joinwise.actors.chaos.redis_server import RedisServer, folder_in_memory
 from joinwise.cluster.client import AsyncClient, JoinwiseError
 from joinwise.cluster.config_model import RouterConfig
 from joinwise.cluster.router.registry import Registry, WorkerInfo
@@ -47,11 +46,12 @@ _STORY = "Once upon a time, in a small village by the sea,"
 
 
 @pytest.fixture(scope="module")
-def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    server = RedisServer(tmp_path_factory.mktemp("redis") / "data")
-    server.start()
-    yield server
-    server.kill()
+def redis_server() -> Iterator[RedisServer]:
+    with folder_in_memory() as folder:
+        server = RedisServer(folder / "data")
+        server.start()
+        yield server
+        server.kill()
 
 
 @pytest.fixture(scope="module")
@@ -150,12 +150,7 @@ async def idle(worker: WorkerInfo) -> engine_pb2.IdleResponse:
 
 def kill(worker: WorkerInfo) -> None:
     """SIGKILL to the worker's process: whoever listens on its port."""
-    host, _, port = worker.engine_address.rpartition(":")
-    listening = [each for each in psutil.net_connections("tcp") if each.status == "LISTEN"]
-    mine = (f"::ffff:{host}", int(port)), (host, int(port))  # gRPC listens by IPv6, where there is that
-    (pid,) = {each.pid for each in listening if (each.laddr.ip, each.laddr.port) in mine}
-    assert pid
-    os.kill(pid, signal.SIGKILL)
+    os.kill(listener(worker.engine_address), signal.SIGKILL)
 
 
 @pytest.fixture

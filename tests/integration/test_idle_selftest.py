@@ -152,9 +152,7 @@ async def test_a_request_that_had_lost_a_worker_is_said_to_have_begun(
         again, _ = await gateway.tokens("again.1.d")
         await gateway.add("waits.0.d", PROMPT, handoff=Handoff("recv", "from-nowhere", 1, "127.0.0.1:1"), max_tokens=4)
         assert (await gateway.report("waits.0.d")).recomputed
-        await gateway.send(
-            continue_request=engine_pb2.ContinueRequest(request_id="waits.0.d", epoch=1, recompute=True)
-        )
+        await gateway.send(continue_request=engine_pb2.ContinueRequest(request_id="waits.0.d", epoch=1, recompute=True))
         assert (await gateway.read()).begun.request_id == "waits.0.d"
         assert (await gateway.tokens("waits.0.d"))[0] == again
     await assert_idle(cluster, within_s=5)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from joinwise.actors.controller import Controller, Post
-from joinwise.cluster.errors import ConfigError, JoinwiseError
+from joinwise.cluster.errors import ConfigError, InternalError, JoinwiseError
 from joinwise.cluster.reconcile import Wanted
 
 
@@ -41,6 +41,9 @@ class FakeActor:
         await self.awake.wait()
         return self.sick
 
+    async def dismiss(self, timeout_s: float) -> None:
+        self._world.log.append(f"dismissed {self.name}")
+
     async def stop(self, timeout_s: float, *arguments: float) -> None:
         assert timeout_s > sum(arguments)
         await self.may_stop.wait()
@@ -62,7 +65,7 @@ class World:
         self.now = 0.0
 
     def post(self, slot: str, build: str = "1", what: str = "engine", *, surge: bool = True) -> Post:
-        make: Callable[[int], FakeActor] = lambda number: FakeActor(f"{slot}-{number}", self)  # noqa: E731
+        make: Callable[[Post, int], FakeActor] = lambda _, number: FakeActor(f"{slot}-{number}", self)  # noqa: E731
         return Post(Wanted(slot, build, surge), what, make, 1.0, (1.0,))
 
     def controller(self, *posts: Post, timeout_s: float = 5.0) -> Controller:
@@ -204,7 +207,7 @@ async def test_the_end_stops_the_gateway_first_and_kills_what_is_not_ready(world
     await controller.look()
     world.log.clear()
     await controller.stop(first="gateway")
-    assert world.log == ["killed late-1", "stopped gateway-1", "stopped a-1"]
+    assert world.log == ["killed late-1", "dismissed a-1", "dismissed gateway-1", "stopped gateway-1", "stopped a-1"]
 
 
 async def test_the_end_waits_for_one_that_leaves_already(world: World) -> None:
@@ -217,4 +220,51 @@ async def test_the_end_waits_for_one_that_leaves_already(world: World) -> None:
     await asyncio.sleep(0)
     world.actors["a-1"].may_stop.set()
     await stopping
-    assert world.log == ["ready a-1", "stopped a-1"]
+    assert world.log == ["ready a-1", "dismissed a-1", "stopped a-1"]
+
+
+async def test_what_is_adopted_is_looked_after_like_the_rest(world: World) -> None:
+    controller = world.controller(world.post("a"), world.post("b", "2"), world.post("c"))
+    for slot, number in (("a", 4), ("b", 7), ("gone", 1)):
+        post = world.post(slot, "1")
+        controller.adopt(FakeActor(f"{slot}-{number}", world), post, number, {"name": slot})
+    assert controller.facts("a") == {"name": "a"}
+    assert await world.rest(controller)
+    assert sorted(world.log) == ["ready b-8", "ready c-1", "stopped b-7", "stopped gone-1"], "and a-4 serves on"
+    world.actors["a-4"].sick = "it is gone"
+    assert await world.rest(controller)
+    assert "ready a-5" in world.log
+
+
+async def test_one_that_another_launcher_has_taken_over_ends_the_looking(world: World) -> None:
+    controller = world.controller(world.post("a"))
+    await controller.fill()
+
+    async def taken(timeout_s: float) -> str:
+        raise InternalError("another launcher looks after a-1 now")
+
+    world.actors["a-1"].failure = taken  # type: ignore[method-assign]
+    with pytest.raises(InternalError, match="another launcher"):
+        await controller.look()
+
+
+async def test_those_that_are_ready_are_asked_while_others_start(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("joinwise.actors.controller._ASK_EVERY_S", 0.0)
+    controller = world.controller(world.post("a"), world.post("b"))
+    world.slow = True
+    filling = asyncio.create_task(controller.fill())
+    while "b-1" not in world.actors:
+        await asyncio.sleep(0)
+    world.actors["a-1"].gate.set()
+    asked = asyncio.Event()
+
+    async def failure(timeout_s: float) -> str:
+        asked.set()
+        return ""
+
+    world.actors["a-1"].failure = failure  # type: ignore[method-assign]
+    async with asyncio.timeout(5):
+        await asked.wait()
+    assert not filling.done()
+    world.actors["b-1"].gate.set()
+    await filling
