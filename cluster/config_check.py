@@ -63,7 +63,7 @@ def _speculation(config: JoinwiseConfig, index: int, pool: PoolConfig) -> Iterat
     if pool.role == "draft":
         if pool.engine or pool.speculation is not None:
             yield f"{what} drafts: it has no engine, so leave out `engine` and `speculation`"
-        if pool.device == "gpu" and (pool.draft is None or pool.draft.model is None):
+        if pool.device == "gpu" and (pool.draft is None or (pool.draft.model or pool.draft.head) is None):
             yield f"{what} looks drafts up in the prompt: that needs no GPU, so leave out `device`"
         elif pool.device == "gpu" and pool.draft is not None and pool.draft.dtype == "int8":
             yield f"{what}: int8 weights of a draft model are for CPUs; a GPU drafts in bfloat16"

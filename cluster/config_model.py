@@ -124,7 +124,10 @@ class DraftConfig(Section):
     """What the actors of a draft pool draft with."""
 
     model: str | None = None
-    """A small model of the same vocabulary, named as models[].model is; None looks the answer up in the prompt."""
+    """A small model of the same vocabulary, named as models[].model is; without it and `head` the answer is looked up
+    in the prompt."""
+    head: str | None = None
+    """Folder of a draft head that `joinwise train-draft` made for the pool's model; instead of `model`."""
     revision: str | None = None
     """Hub revision; None takes the hub's default branch."""
     dtype: Dtype | Literal["int8"] = "bfloat16"
@@ -135,6 +138,12 @@ class DraftConfig(Section):
     """Longest sequence that is drafted for; slots x max_tokens of KV are reserved."""
     lookup: bool = True
     """Draft from the text itself where it repeats itself, and ask the model elsewhere; without a model it is all."""
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> DraftConfig:
+        if self.model is not None and self.head is not None:
+            raise ValueError("it drafts with a model or with a head: leave out `model` or `head`")
+        return self
 
 
 class SpeculationConfig(Section):

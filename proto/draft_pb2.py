@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ajoinwise/proto/draft.proto\x12\x0bjoinwise.v1\"m\n\x0c\x44raftRequest\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.joinwise.v1.DraftHelloH\x00\x12(\n\x05round\x18\x02 \x01(\x0b\x32\x17.joinwise.v1.DraftRoundH\x00\x42\t\n\x07message\"t\n\rDraftResponse\x12,\n\x07welcome\x18\x01 \x01(\x0b\x32\x19.joinwise.v1.DraftWelcomeH\x00\x12*\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x18.joinwise.v1.DraftAnswerH\x00\x42\t\n\x07message\">\n\x0f\x44raftVocabulary\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\r\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\"|\n\nDraftHello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0f\n\x07\x63luster\x18\x02 \x01(\t\x12\x11\n\tworker_id\x18\x03 \x01(\t\x12\x30\n\nvocabulary\x18\x04 \x01(\x0b\x32\x1c.joinwise.v1.DraftVocabulary\"z\n\x0c\x44raftWelcome\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0f\n\x07\x64rafter\x18\x02 \x01(\t\x12\x30\n\nvocabulary\x18\x03 \x01(\x0b\x32\x1c.joinwise.v1.DraftVocabulary\x12\r\n\x05max_k\x18\x04 \x01(\r\"e\n\nDraftRound\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x13\n\x0bpatience_us\x18\x02 \x01(\r\x12#\n\x04\x61sks\x18\x03 \x03(\x0b\x32\x15.joinwise.v1.DraftAsk\x12\r\n\x05\x65nded\x18\x04 \x03(\x04\"^\n\x08\x44raftAsk\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\r\n\x05start\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x13\n\x0bprefix_hash\x18\x04 \x01(\x06\x12\t\n\x01k\x18\x05 \x01(\r\"Y\n\x0b\x44raftAnswer\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12(\n\x06\x64rafts\x18\x02 \x03(\x0b\x32\x18.joinwise.v1.DraftTokens\x12\x10\n\x08\x64raft_us\x18\x03 \x01(\r\"X\n\x0b\x44raftTokens\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x13\n\x0bprefix_hash\x18\x02 \x01(\x06\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0f\n\x07unknown\x18\x04 \x01(\x08\x32R\n\x0c\x44raftService\x12\x42\n\x05\x44raft\x12\x19.joinwise.v1.DraftRequest\x1a\x1a.joinwise.v1.DraftResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ajoinwise/proto/draft.proto\x12\x0bjoinwise.v1\"m\n\x0c\x44raftRequest\x12(\n\x05hello\x18\x01 \x01(\x0b\x32\x17.joinwise.v1.DraftHelloH\x00\x12(\n\x05round\x18\x02 \x01(\x0b\x32\x17.joinwise.v1.DraftRoundH\x00\x42\t\n\x07message\"t\n\rDraftResponse\x12,\n\x07welcome\x18\x01 \x01(\x0b\x32\x19.joinwise.v1.DraftWelcomeH\x00\x12*\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x18.joinwise.v1.DraftAnswerH\x00\x42\t\n\x07message\">\n\x0f\x44raftVocabulary\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\r\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\"|\n\nDraftHello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0f\n\x07\x63luster\x18\x02 \x01(\t\x12\x11\n\tworker_id\x18\x03 \x01(\t\x12\x30\n\nvocabulary\x18\x04 \x01(\x0b\x32\x1c.joinwise.v1.DraftVocabulary\"\x8f\x01\n\x0c\x44raftWelcome\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0f\n\x07\x64rafter\x18\x02 \x01(\t\x12\x30\n\nvocabulary\x18\x03 \x01(\x0b\x32\x1c.joinwise.v1.DraftVocabulary\x12\r\n\x05max_k\x18\x04 \x01(\r\x12\x13\n\x0bhidden_size\x18\x05 \x01(\r\"e\n\nDraftRound\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x13\n\x0bpatience_us\x18\x02 \x01(\r\x12#\n\x04\x61sks\x18\x03 \x03(\x0b\x32\x15.joinwise.v1.DraftAsk\x12\r\n\x05\x65nded\x18\x04 \x03(\x04\"n\n\x08\x44raftAsk\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\r\n\x05start\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x13\n\x0bprefix_hash\x18\x04 \x01(\x06\x12\t\n\x01k\x18\x05 \x01(\r\x12\x0e\n\x06hidden\x18\x06 \x01(\x0c\"Y\n\x0b\x44raftAnswer\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12(\n\x06\x64rafts\x18\x02 \x03(\x0b\x32\x18.joinwise.v1.DraftTokens\x12\x10\n\x08\x64raft_us\x18\x03 \x01(\r\"X\n\x0b\x44raftTokens\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\x13\n\x0bprefix_hash\x18\x02 \x01(\x06\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x0f\n\x07unknown\x18\x04 \x01(\x08\x32R\n\x0c\x44raftService\x12\x42\n\x05\x44raft\x12\x19.joinwise.v1.DraftRequest\x1a\x1a.joinwise.v1.DraftResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,16 +39,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DRAFTVOCABULARY']._serialized_end=334
   _globals['_DRAFTHELLO']._serialized_start=336
   _globals['_DRAFTHELLO']._serialized_end=460
-  _globals['_DRAFTWELCOME']._serialized_start=462
-  _globals['_DRAFTWELCOME']._serialized_end=584
-  _globals['_DRAFTROUND']._serialized_start=586
-  _globals['_DRAFTROUND']._serialized_end=687
-  _globals['_DRAFTASK']._serialized_start=689
-  _globals['_DRAFTASK']._serialized_end=783
-  _globals['_DRAFTANSWER']._serialized_start=785
-  _globals['_DRAFTANSWER']._serialized_end=874
-  _globals['_DRAFTTOKENS']._serialized_start=876
-  _globals['_DRAFTTOKENS']._serialized_end=964
-  _globals['_DRAFTSERVICE']._serialized_start=966
-  _globals['_DRAFTSERVICE']._serialized_end=1048
+  _globals['_DRAFTWELCOME']._serialized_start=463
+  _globals['_DRAFTWELCOME']._serialized_end=606
+  _globals['_DRAFTROUND']._serialized_start=608
+  _globals['_DRAFTROUND']._serialized_end=709
+  _globals['_DRAFTASK']._serialized_start=711
+  _globals['_DRAFTASK']._serialized_end=821
+  _globals['_DRAFTANSWER']._serialized_start=823
+  _globals['_DRAFTANSWER']._serialized_end=912
+  _globals['_DRAFTTOKENS']._serialized_start=914
+  _globals['_DRAFTTOKENS']._serialized_end=1002
+  _globals['_DRAFTSERVICE']._serialized_start=1004
+  _globals['_DRAFTSERVICE']._serialized_end=1086
 # @@protoc_insertion_point(module_scope)

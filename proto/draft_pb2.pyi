@@ -45,16 +45,18 @@ class DraftHello(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., cluster: _Optional[str] = ..., worker_id: _Optional[str] = ..., vocabulary: _Optional[_Union[DraftVocabulary, _Mapping]] = ...) -> None: ...
 
 class DraftWelcome(_message.Message):
-    __slots__ = ("protocol_version", "drafter", "vocabulary", "max_k")
+    __slots__ = ("protocol_version", "drafter", "vocabulary", "max_k", "hidden_size")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     DRAFTER_FIELD_NUMBER: _ClassVar[int]
     VOCABULARY_FIELD_NUMBER: _ClassVar[int]
     MAX_K_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     drafter: str
     vocabulary: DraftVocabulary
     max_k: int
-    def __init__(self, protocol_version: _Optional[int] = ..., drafter: _Optional[str] = ..., vocabulary: _Optional[_Union[DraftVocabulary, _Mapping]] = ..., max_k: _Optional[int] = ...) -> None: ...
+    hidden_size: int
+    def __init__(self, protocol_version: _Optional[int] = ..., drafter: _Optional[str] = ..., vocabulary: _Optional[_Union[DraftVocabulary, _Mapping]] = ..., max_k: _Optional[int] = ..., hidden_size: _Optional[int] = ...) -> None: ...
 
 class DraftRound(_message.Message):
     __slots__ = ("number", "patience_us", "asks", "ended")
@@ -69,18 +71,20 @@ class DraftRound(_message.Message):
     def __init__(self, number: _Optional[int] = ..., patience_us: _Optional[int] = ..., asks: _Optional[_Iterable[_Union[DraftAsk, _Mapping]]] = ..., ended: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class DraftAsk(_message.Message):
-    __slots__ = ("sequence", "start", "token_ids", "prefix_hash", "k")
+    __slots__ = ("sequence", "start", "token_ids", "prefix_hash", "k", "hidden")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     START_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_HASH_FIELD_NUMBER: _ClassVar[int]
     K_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     start: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     prefix_hash: int
     k: int
-    def __init__(self, sequence: _Optional[int] = ..., start: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., prefix_hash: _Optional[int] = ..., k: _Optional[int] = ...) -> None: ...
+    hidden: bytes
+    def __init__(self, sequence: _Optional[int] = ..., start: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., prefix_hash: _Optional[int] = ..., k: _Optional[int] = ..., hidden: _Optional[bytes] = ...) -> None: ...
 
 class DraftAnswer(_message.Message):
     __slots__ = ("number", "drafts", "draft_us")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from joinwise.actors.draft.hidden import HiddenTail, packed
 from joinwise.actors.draft.length import LengthChooser
 from joinwise.actors.draft.link import Session
 from joinwise.actors.draft.wire import MAX_K, prefix_hash
@@ -36,11 +37,13 @@ class Track:
         number: its name towards the draft actor.
         tokens: all of it when it was last seen, shape (n,).
         seen: the round in which it was.
+        hidden: the target's hidden states that no draft actor was told yet.
     """
 
     number: int
     tokens: np.ndarray
     seen: int
+    hidden: HiddenTail = field(default_factory=HiddenTail)
 
     def begins(self, history: np.ndarray) -> bool:
         """Whether a row goes on from here."""
@@ -150,7 +153,13 @@ class Asker:
         self.figures = AskFigures()
 
     def drafts(
-        self, session: Session | None, rows: Mapping[int, np.ndarray], k: int, *, alone: bool = True
+        self,
+        session: Session | None,
+        rows: Mapping[int, np.ndarray],
+        k: int,
+        *,
+        alone: bool = True,
+        hidden: Mapping[int, np.ndarray] | None = None,
     ) -> dict[int, list[int]]:
         """Drafts for the next step, by row; none for a row means that it is not speculated for.
 
@@ -159,9 +168,13 @@ class Asker:
             rows: tokens of each row, shape (n,).
             k: ids wanted for each, at most; 0 asks nothing.
             alone: the step that has ended did nothing else, such as computing prompts.
+            hidden: the target's last hidden states of the tokens before each row's last one, as many as the step
+                computed, (m, size).
         """
         begin = self._clock()
         tracks, over = self._tracks.follow(rows)
+        for row, states in (hidden or {}).items():
+            tracks[row].hidden.add(states, len(rows[row]))
         self._ended += over
         seconds = begin - self._given_at if alone and self._given else None
         if seconds is not None:
@@ -247,12 +260,16 @@ class Asker:
         asked = draft_pb2.DraftRound(ended=[each for each in ended if session.told.pop(each, None) is not None])
         for row, track in tracks.items():
             start = session.told.get(track.number, 0)
+            hidden = track.hidden.take(len(track.tokens)) if session.hidden_size else None
+            if hidden is not None and hidden.shape[1] != session.hidden_size:
+                hidden = None
             asked.asks.add(
                 sequence=track.number,
                 start=start,
                 token_ids=track.tokens[start:].tolist(),
                 prefix_hash=prefix_hash(track.tokens),
                 k=limits[row],
+                hidden=packed(hidden) if hidden is not None else b"",
             )
             session.told[track.number] = len(track.tokens)
         return asked

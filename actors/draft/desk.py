@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from joinwise.actors.draft.drafter import Ask, Drafter
+from joinwise.actors.draft.hidden import HiddenTail, unpacked
 from joinwise.actors.draft.wire import MAX_K, MAX_TOKENS, prefix_hash
 from joinwise.proto import draft_pb2
 
@@ -28,6 +29,7 @@ _NO_TOKENS = np.empty(0, np.int32)
 class _Sequence:
     tokens: np.ndarray
     used: float
+    hidden: HiddenTail
 
 
 @dataclass(eq=False)
@@ -74,13 +76,20 @@ class Desk:
 
     Args:
         drafter: used on the desk's thread only.
+        hidden_size: numbers in a hidden state that the drafter takes; 0 if it takes none.
         idle_s: seconds after which a sequence that nobody asked for is forgotten.
         on_dead: called once with what the drafter raised; nothing is answered from then on.
     """
 
     def __init__(
-        self, drafter: Drafter, *, idle_s: float = 5.0, on_dead: Callable[[BaseException], None] = lambda _: None
+        self,
+        drafter: Drafter,
+        *,
+        hidden_size: int = 0,
+        idle_s: float = 5.0,
+        on_dead: Callable[[BaseException], None] = lambda _: None,
     ) -> None:
+        self.hidden_size = hidden_size
         self._drafter = drafter
         self._idle_s = idle_s
         self._on_dead = on_dead
@@ -163,15 +172,16 @@ class Desk:
             answers.append((each.engine, answer))
             late = begin - each.since > each.round.patience_us / 1e6
             self.figures.late += late
-            for sequence in each.round.ended:
-                self._forget(each.engine, sequence)
+            for ended in each.round.ended:
+                self._forget(each.engine, ended)
             for ask in each.round.asks:
-                tokens = self._absorb(each.engine, ask, begin)
-                if tokens is None:
+                sequence = self._absorb(each.engine, ask, begin)
+                if sequence is None:
                     self.figures.unknown += 1
                     answer.drafts.add(sequence=ask.sequence, unknown=True)
                 elif ask.k and not late:
-                    asks.append(Ask((each.engine, ask.sequence), tokens, min(ask.k, MAX_K)))
+                    tokens, hidden = sequence.tokens, sequence.hidden.take(len(sequence.tokens))
+                    asks.append(Ask((each.engine, ask.sequence), tokens, min(ask.k, MAX_K), hidden))
                     wanted.append(answer.drafts.add(sequence=ask.sequence, prefix_hash=ask.prefix_hash))
         for draft, ids in zip(wanted, self._drafter.draft(asks) if asks else [], strict=True):
             draft.token_ids.extend(ids)
@@ -179,12 +189,12 @@ class Desk:
         spent = time.monotonic() - begin
         self.figures.busy_s += spent
         self.figures.rounds += len(answers)
+        self.figures.sequences = sum(len(engine.sequences) for engine in self._engines)
         for engine, answer in answers:
             answer.draft_us = int(spent * 1e6)
             engine.answer(answer)
-        self.figures.sequences = sum(len(engine.sequences) for engine in self._engines)
 
-    def _absorb(self, engine: Engine, ask: draft_pb2.DraftAsk, now: float) -> np.ndarray | None:
+    def _absorb(self, engine: Engine, ask: draft_pb2.DraftAsk, now: float) -> _Sequence | None:
         """Bring a sequence up to date; None (and forgotten) when its earlier tokens are not those that were meant."""
         held = engine.sequences.pop(ask.sequence, None)
         before = held.tokens if held is not None else _NO_TOKENS
@@ -192,10 +202,13 @@ class Desk:
             fresh = np.fromiter(ask.token_ids, np.uint32, len(ask.token_ids)).astype(np.int32)
             tokens = np.concatenate([before[: ask.start], fresh])
             if len(tokens) and prefix_hash(tokens) == ask.prefix_hash:
-                engine.sequences[ask.sequence] = _Sequence(tokens, now)  # at the end: the first is the oldest
+                tail = held.hidden if held is not None and ask.start == len(before) else HiddenTail()
+                sequence = _Sequence(tokens, now, tail)
+                sequence.hidden.add(unpacked(ask.hidden, self.hidden_size, len(tokens)), len(tokens))
+                engine.sequences[ask.sequence] = sequence  # at the end: the first is the oldest
                 if len(engine.sequences) > _MAX_SEQUENCES:
                     self._forget(engine, next(iter(engine.sequences)))
-                return tokens
+                return sequence
         self._drafter.forget((engine, ask.sequence))
         return None
 

@@ -155,7 +155,12 @@ class DovetailHead(nn.Module):
             self.absent = nn.Parameter(torch.randn(shape.hidden_size) * ends.norm.float().std())
         del self.blocks.embed_tokens
         with torch.no_grad():
-            self.blocks.norm.weight.copy_(ends.norm)  # features have the scale of what this made
+            # Features were scaled by the target's last normalisation. Undone at the one end and done at the other, what
+            # the blocks begin with is what the target's own would go on from.
+            norm = ends.norm.float()
+            self.blocks.norm.weight.copy_(norm)
+            usual = norm.square().mean().sqrt()
+            self.fusion.feature_norm.weight.copy_(torch.where(norm.abs() > 1e-2 * usual, usual / norm, 0.0))
         self.register_buffer("embeddings", ends.embeddings, persistent=False)
         self.output = nn.Linear(shape.hidden_size, len(ends.output), bias=False)
         self.output.weight = nn.Parameter(ends.output, requires_grad=False)

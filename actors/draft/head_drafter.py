@@ -175,7 +175,7 @@ class HeadDrafter:
         if not np.isfinite(hidden).all():
             return
         told = slice(end - len(hidden), end)
-        self._features[place.index, told] = torch.from_numpy(hidden).to(self._features)
+        self._features[place.index, told] = torch.from_numpy(hidden.astype(np.float32)).to(self._features)
         self._known[place.index, told] = True
         place.computed = min(place.computed, told.start)
 

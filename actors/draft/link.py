@@ -50,6 +50,11 @@ class Session:
         return self._open and not self._in_flight
 
     @property
+    def hidden_size(self) -> int:
+        """Numbers in a hidden state of the target that the actor wants; 0 if it wants none."""
+        return self.welcome.hidden_size if self.welcome is not None else 0
+
+    @property
     def stuck(self) -> bool:
         """Whether an answer is so late that it will not come."""
         return bool(self._in_flight) and time.monotonic() - self._asked_at > _STUCK_S

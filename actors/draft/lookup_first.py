@@ -8,11 +8,12 @@ for as long as most of their tokens are right. The model's KV falls behind meanw
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from joinwise.actors.draft.drafter import Ask, Drafter
+from joinwise.actors.draft.hidden import HiddenTail
 from joinwise.actors.draft.length import Acceptance
 from joinwise.actors.draft.lookup import lookup
 
@@ -26,11 +27,12 @@ _PRIOR_TRIALS = 4.0
 
 @dataclass
 class _Trust:
-    """What a sequence's lookups were worth lately; `guess` followed `at` tokens."""
+    """What a sequence's lookups were worth lately; `guess` followed `at` tokens. The model lacks `hidden` yet."""
 
     worth: Acceptance = field(default_factory=lambda: Acceptance(_PRIOR_TRIALS, _PRIOR_TRIALS * _TRUSTED, _MEMORY))
     at: int = 0
     guess: list[int] = field(default_factory=list)
+    hidden: HiddenTail = field(default_factory=HiddenTail)
 
     def learn(self, tokens: np.ndarray) -> None:
         """Hold the last guess against what came."""
@@ -64,7 +66,8 @@ class LookupFirst:
         """Lookups, and the model's drafts where there are none."""
         drafts = [self._looked_up(ask) for ask in asks]
         rest = [index for index, found in enumerate(drafts) if not found]
-        for index, ids in zip(rest, self._model.draft([asks[each] for each in rest]) if rest else [], strict=True):
+        modelled = [self._told(asks[index]) for index in rest]
+        for index, ids in zip(rest, self._model.draft(modelled) if rest else [], strict=True):
             drafts[index] = ids
         return drafts
 
@@ -80,5 +83,10 @@ class LookupFirst:
     def _looked_up(self, ask: Ask) -> list[int]:
         trust = self._trusts.setdefault(ask.key, _Trust())
         trust.learn(ask.tokens)
+        trust.hidden.add(ask.hidden, len(ask.tokens))
         trust.at, trust.guess = len(ask.tokens), lookup(ask.tokens, ask.k, shortest=_SHORTEST)
         return trust.guess if trust.worth.rate >= _TRUSTED else []
+
+    def _told(self, ask: Ask) -> Ask:
+        """With all hidden states that the model does not know yet."""
+        return replace(ask, hidden=self._trusts[ask.key].hidden.take(len(ask.tokens)))

@@ -137,7 +137,11 @@ class DraftService(draft_pb2_grpc.DraftServiceServicer):
     def _welcome(self) -> draft_pb2.DraftWelcome:
         vocabulary = self._vocabulary.message() if self._vocabulary is not None else None
         return draft_pb2.DraftWelcome(
-            protocol_version=PROTOCOL_VERSION, drafter=self._drafter, vocabulary=vocabulary, max_k=MAX_K
+            protocol_version=PROTOCOL_VERSION,
+            drafter=self._drafter,
+            vocabulary=vocabulary,
+            max_k=MAX_K,
+            hidden_size=self._desk.hidden_size,
         )
 
     async def _read(self, stream: _Stream, engine: Engine, requests: AsyncIterator[draft_pb2.DraftRequest]) -> None:

@@ -9,6 +9,7 @@ import logging
 import os
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import REGISTRY
@@ -72,9 +73,9 @@ class DraftWorker:
             JoinwiseError: it cannot be found, or Redis does not answer.
         """
         cpu.pin(self._spec.cores)
-        drafter, vocabulary = await asyncio.to_thread(self._load, self._pool.draft or DraftConfig())
+        drafter, vocabulary, hidden_size = await asyncio.to_thread(self._load, self._pool.draft or DraftConfig())
         self.phases.done("drafter")
-        self._desk = desk = Desk(drafter, on_dead=self._on_dead)
+        self._desk = desk = Desk(drafter, hidden_size=hidden_size, on_dead=self._on_dead)
         service = DraftService(desk, cluster=self._config.cluster, drafter=drafter.name, vocabulary=vocabulary)
         self._service = service
         self._metrics = DeskMetrics(lambda: desk.figures, lambda: drafter.held, lambda: service.engines)
@@ -134,9 +135,12 @@ class DraftWorker:
 
     # Inside.
 
-    def _load(self, settings: DraftConfig) -> tuple[Drafter, Vocabulary | None]:
+    def _load(self, settings: DraftConfig) -> tuple[Drafter, Vocabulary | None, int]:
+        """The drafter, its vocabulary, and the numbers in a hidden state that it takes."""
+        if settings.head is not None:
+            return self._load_head(settings, settings.head)
         if settings.model is None:
-            return PromptLookup(), None
+            return PromptLookup(), None, 0
         from joinwise.actors.draft.causal import CausalDrafter
 
         model = resolve_model(settings.model, revision=settings.revision)
@@ -149,11 +153,35 @@ class DraftWorker:
                 max_tokens=settings.max_tokens,
                 name=settings.model,
                 threads=self._pool.compute_threads,
-                device="cuda" if self._pool.device == "gpu" else "cpu",
+                device=self._device,
             )
         except (ValueError, OSError, RuntimeError) as error:
             raise ConfigError(f"pool {self._pool.name!r} cannot draft with {settings.model!r}: {error}") from error
-        return LookupFirst(drafter) if settings.lookup else drafter, vocabulary
+        return LookupFirst(drafter) if settings.lookup else drafter, vocabulary, 0
+
+    def _load_head(self, settings: DraftConfig, folder: str) -> tuple[Drafter, Vocabulary, int]:
+        from joinwise.actors.draft.head_drafter import HeadDrafter
+
+        served = self._config.model_named(self._pool.model)
+        target = resolve_model(served.model, revision=served.revision)
+        vocabulary = Vocabulary.read(served.name, target.path)
+        try:
+            drafter = HeadDrafter.load(
+                Path(folder),
+                target,
+                settings.dtype,
+                slots=settings.slots,
+                max_tokens=settings.max_tokens,
+                threads=self._pool.compute_threads,
+                device=self._device,
+            )
+        except RuntimeError as error:
+            raise ConfigError(f"pool {self._pool.name!r} cannot draft with the head in {folder}: {error}") from error
+        return LookupFirst(drafter) if settings.lookup else drafter, vocabulary, drafter.hidden_size
+
+    @property
+    def _device(self) -> str:
+        return "cuda" if self._pool.device == "gpu" else "cpu"
 
     async def _serve(self, service: DraftService, certificates: Certificates | None) -> str:
         self._port = GrpcPort(

@@ -22,6 +22,7 @@ from joinwise.actors.draft.link import DraftLink, channel_to
 from joinwise.actors.draft.vocabulary import Vocabulary
 from joinwise.actors.draft.wire import PROTOCOL_VERSION
 from joinwise.actors.tls import peers
+from joinwise.actors.vllm.hidden_tap import HiddenTap
 from joinwise.actors.vllm.rejection import mend_rejection
 from joinwise.cluster.config_model import PeerTlsConfig
 from joinwise.proto import draft_pb2
@@ -64,12 +65,18 @@ class RemoteProposer:
         self._max_tokens = vllm_config.model_config.max_model_len
         self._link: DraftLink | None = None
         self._asker: Asker | None = None
+        self._tap = HiddenTap()
+        self._hidden_wanted = False
 
-    def load_model(self, *_: Any, **__: Any) -> None:
-        """vLLM offers the target here; drafts are asked for by its tokens alone."""
+    def load_model(self, target: Any, *_: Any, **__: Any) -> None:
+        """vLLM offers the target here. Some draft actors want its hidden states."""
+        if hasattr(target, "compute_logits"):
+            self._tap.watch_model(target)
 
-    def open(self, settings: DraftSettings) -> None:
-        """Begin to ask, as soon as `point` says whom."""
+    def open(self, settings: DraftSettings, samplers: tuple[Any, Any] | None = None) -> None:
+        """Begin to ask, as soon as `point` says whom; `samplers` are the runner's, the plain one and the rejecting."""
+        if samplers is not None:
+            self._tap.watch_samplers(*samplers)
         hello = draft_pb2.DraftHello(
             protocol_version=PROTOCOL_VERSION,
             cluster=settings.cluster,
@@ -134,8 +141,12 @@ class RemoteProposer:
                 for row, sampled in enumerate(sampled_token_ids)
                 if sampled
             }
+            session = link.session
+            if session is not None:
+                self._hidden_wanted = bool(session.hidden_size)
+            hidden = self._tap.of_rows(sampled_token_ids) if self._hidden_wanted else None
             alone = all(sampled_token_ids)
-            for row, drafted in asker.drafts(link.session, rows, self._k, alone=alone).items():
+            for row, drafted in asker.drafts(session, rows, self._k, alone=alone, hidden=hidden).items():
                 proposals[row] = drafted
         except Exception:
             logger.exception("no drafts are asked for any more")
@@ -190,7 +201,9 @@ def _open(worker: Any, settings: DraftSettings) -> None:
     proposer = _proposer(worker)
     # The first rank of the last pipeline stage: the executor hears no other.
     if proposer is not None and worker.rank == parallel.world_size - ranks:
-        proposer.open(settings)
+        runner = worker.model_runner
+        samplers = getattr(runner, "sampler", None), getattr(runner, "rejection_sampler", None)
+        proposer.open(settings, samplers if None not in samplers else None)
 
 
 def _call(worker: Any, method: str, *arguments: Any) -> None:

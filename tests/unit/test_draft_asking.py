@@ -242,6 +242,7 @@ def test_without_a_limit_a_step_waits_for_as_long_as_two_steps_take() -> None:
         """A session that notes how long it may take, and has no drafts."""
 
         told: ClassVar[dict[int, int]] = {}
+        hidden_size = 0
 
         def ask(self, asked: draft_pb2.DraftRound, patience_s: float) -> draft_pb2.DraftAnswer:
             waits.append(patience_s)
@@ -360,6 +361,8 @@ class Told:
 
 class Answering:
     """A session that drafts 5, 6, 7, ... and takes a while by the test's clock."""
+
+    hidden_size = 0
 
     def __init__(self) -> None:
         self.now = 0.0

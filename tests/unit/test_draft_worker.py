@@ -10,14 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
+import torch
 from helpers.certificates import Authority
 from helpers.draft_rig import HELLO, ask, tokens
+from helpers.tiny_target import IDS, saved, tiny
 from redis.asyncio import Redis
 
 from joinwise.actors.auth import bearer
+from joinwise.actors.draft.head import DovetailHead, HeadShape, TargetEnds, save_head
+from joinwise.actors.draft.hidden import packed
 from joinwise.actors.draft.link import channel_to
 from joinwise.actors.draft.worker import DraftWorker
+from joinwise.actors.models import resolve_model
 from joinwise.actors.spec import WorkerSpec
 from joinwise.actors.tls import peers
 from joinwise.cluster.config import JoinwiseConfig
@@ -156,3 +162,40 @@ async def test_a_draft_model_that_cannot_draft(redis_server: EmbeddedRedis, clus
     with pytest.raises(ConfigError, match="cannot draft with"):
         await worker.start()
     await worker.stop()
+
+
+async def test_a_head_drafts_for_the_target_that_it_was_trained_for_alone(
+    redis_server: EmbeddedRedis, redis_client: Redis, cluster_name: str, tmp_path: Path
+) -> None:
+    target = resolve_model(str(saved(tmp_path / "tiny", tiny(layers=1))))
+    other = resolve_model(str(saved(tmp_path / "other", tiny(seed=4, layers=1))))
+    ends = TargetEnds.read(target.path, torch.float32)
+    save_head(DovetailHead(HeadShape.like(target.path, 1), ends), tmp_path / "head", target)
+    draft = {"head": str(tmp_path / "head"), "slots": 2, "max_tokens": 64}
+    models = [{"name": "m", "model": str(target.path)}]
+    async with working(configured(cluster_name, draft, models=models), redis_server.url) as (worker, facts):
+        found = await Drafts(redis_client, cluster_name, worker._config.router).bind("drafts", "engine")
+        assert found is not None
+        assert (found.drafter, found.vocabulary_model) == ("lookup, then head of tiny", "m")
+        vocabulary = draft_pb2.DraftVocabulary(model="m", size=IDS, digest=found.vocabulary_digest)
+        hello = draft_pb2.DraftHello(protocol_version=1, cluster=cluster_name, worker_id="w", vocabulary=vocabulary)
+        async with grpc.aio.insecure_channel(facts["draft_address"]) as channel:
+            call = draft_pb2_grpc.DraftServiceStub(channel).Draft(timeout=20)
+            await call.write(draft_pb2.DraftRequest(hello=hello))
+            assert (await call.read()).welcome.hidden_size == 64
+            one = ask(1, tokens(5, 6, 7), k=3)
+            one.hidden = packed(np.ones((1, 64), np.float32))
+            asked = draft_pb2.DraftRound(number=1, patience_us=10_000_000, asks=[one])
+            await call.write(draft_pb2.DraftRequest(round=asked))
+            assert len((await call.read()).answer.drafts[0].token_ids) == 3
+            await call.done_writing()
+    models = [{"name": "m", "model": str(other.path)}]
+    worker = DraftWorker(configured(cluster_name, draft, models=models), WorkerSpec("drafts", "d"), redis_server.url)
+    with pytest.raises(ConfigError, match=r"trained for 'tiny' .* not for 'other'"):
+        await worker.start()
+    await worker.stop()
+
+
+def test_a_pool_drafts_with_a_model_or_with_a_head() -> None:
+    with pytest.raises(ValueError, match="leave out `model` or `head`"):
+        configured("c", {"model": "a", "head": "b"})

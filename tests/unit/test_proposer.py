@@ -138,6 +138,32 @@ def test_of_several_ranks_only_the_one_that_is_heard_asks() -> None:
     assert Batch([1, 2, 3, 1, 2]).propose(subjects[0], [[2]]) == [[]]
 
 
+def test_what_its_engine_computed_is_told_to_an_actor_that_wants_it() -> None:
+    heard: list[list[float]] = []
+
+    class Listening(PromptLookup):
+        def draft(self, asks: Any) -> list[list[int]]:
+            heard.extend([] if each.hidden is None else each.hidden[:, 0].tolist() for each in asks)
+            return super().draft(asks)
+
+    model = SimpleNamespace(compute_logits=lambda states: states)
+    plain, rejecting, subject = torch.nn.Identity(), torch.nn.Identity(), made()
+    subject.load_model(model)
+    with ServedDesk(Listening(), VOCABULARY, hidden_size=1) as served:
+        subject.open(SETTINGS, (plain, rejecting))
+        subject.point(served.address)
+        until_asked(subject, Batch([1, 2, 3, 1, 2]), [[2]])
+        heard.clear()
+        model.compute_logits(torch.tensor([[1.0], [2.0]]))
+        plain(torch.zeros(1))
+        Batch([1, 2, 3, 1, 2, 3], [8, 9]).propose(subject, [[3], [9]])
+        model.compute_logits(torch.tensor([[3.0], [4.0], [5.0], [6.0]]))
+        rejecting(SimpleNamespace(num_draft_tokens=[2, 0]))
+        Batch([1, 2, 3, 1, 2, 3, 1, 7], [8, 9, 5]).propose(subject, [[1, 7], [5]])
+        subject.close()
+    assert heard == [[1], [2], [3, 4], [6]]
+
+
 def test_the_engine_is_configured_against_padded_drafts() -> None:
     config = proposer.speculation(5)
     assert config["num_speculative_tokens_per_batch_size"] == [(1, 1, 5)]

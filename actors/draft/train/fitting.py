@@ -29,7 +29,7 @@ from joinwise.cluster.errors import ConfigError
 
 CHECKPOINT = "checkpoint.pt"
 _PROMPTS_SEEN, _LOST, _OWN = 0.5, 0.05, 0.3
-_JUDGED = 512
+_JUDGED = 256
 """Positions of a step whose distributions are compared: each costs two products with the output matrix."""
 _WARM_UP, _LAST_RATE = 0.05, 0.1
 _CLIP = 1.0

@@ -31,7 +31,7 @@ class Plan:
         blocks, steps, batch, rate, seed: as `fitting.Settings` says.
         answer_tokens: of an answer of the target at most.
         k: drafts of a round in the report.
-        threads: compute threads.
+        threads: compute threads. These two may be others when a training is taken up again.
     """
 
     blocks: int
@@ -55,6 +55,8 @@ def prepare(out: Path, target: LocalModel, prompts: Split, plan: Plan, *, resume
 
     digest = hashlib.sha256(json.dumps([prompts.train, prompts.held_out]).encode()).hexdigest()[:16]
     wanted = {"target": target.name, "target_digest": target.digest, "prompts": digest, **asdict(plan)}
+    for may_change in ("k", "threads"):
+        del wanted[may_change]
     file = out / _PLAN
     if not resume:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
