@@ -390,9 +390,8 @@ class ClusterCore(EngineCoreClient):
             await self._router.settle(live.assignment, generated=len(live.merge.emitted))
         if died is not None:
             before, live.loss = live.loss, (len(live.merge.emitted), died)
-            begun, live.begun = live.begun, False
-            same = begun and before is not None and before[0] == live.loss[0]
-            if same and all(await asyncio.gather(before[1], died)):
+            suspect, live.begun = live.begun and before is not None and before[0] == live.loss[0], False
+            if suspect and before is not None and all(await asyncio.gather(before[1], died)):
                 logger.error("request %s is refused: a second worker, %s, has died with it", request_id, lost.worker_id)
                 self._fail(live, PoisonError("two workers have died with this request: it is not tried again"))
                 return
