@@ -57,7 +57,7 @@ def train_draft(
 @contextmanager
 def _progress(console: Console) -> Iterator[Say]:
     """A bar for each part of the work."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(12), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[remark]}"), console=console) as progress:
         tasks: dict[str, TaskID] = {}
 

@@ -106,12 +106,12 @@ def record(make: Callable[[], Recorder], prompts: Sequence[str], folder: Path, s
     lacking = sorted((prompt for prompt in files if not files[prompt].exists()), key=len)
     recorder = make() if lacking else None
     for at in range(0, len(lacking), _AT_ONCE):
-        say("answers of the target", len(files) - len(lacking) + at, len(files), "")
+        say("answers", len(files) - len(lacking) + at, len(files), "")
         some = lacking[at : at + _AT_ONCE]
         assert recorder is not None
         for prompt, answer in zip(some, recorder.answers(some), strict=True):
             _write(files[prompt], answer)
-    say("answers of the target", len(files), len(files), "")
+    say("answers", len(files), len(files), "")
     return [_read(files[prompt]) for prompt in prompts]
 
 

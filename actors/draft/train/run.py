@@ -117,7 +117,7 @@ def train(out: Path, target: LocalModel, prompts: Split, plan: Plan, say: Say) -
         trainer.save(out)
     save_head(trainer.head, out, target)
 
-    say("answers that it never saw", 0, 1, "")
+    say("held-out answers", 0, 1, "")
     longest = max(len(each.tokens) for each in kept) + plan.k
     head = load_head(out, target)
     drafter = HeadDrafter(head, slots=1, max_tokens=longest, name="head", threads=plan.threads)
@@ -127,7 +127,7 @@ def train(out: Path, target: LocalModel, prompts: Split, plan: Plan, say: Say) -
         figures[f"accepted_length_{name}"] = round(worth.accepted_length, 4)
         figures[f"tokens_per_round_{name}"] = round(worth.tokens_per_round, 4)
         figures[f"accepted_share_{name}"] = round(worth.accepted_share, 4)
-    say("answers that it never saw", 1, 1, "")
+    say("held-out answers", 1, 1, "")
     rows = [{"drafter": name, "k": plan.k, **asdict(worth)} for name, worth in found.items()]
     described = report.machine(target=target.name, **asdict(plan))
     report.write(out / REPORT, "train-draft", figures, rows, described)
