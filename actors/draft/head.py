@@ -28,6 +28,7 @@ from joinwise.cluster.errors import ConfigError
 
 VERSION = 1
 MOST_BLOCKS = 6
+_STREAM = 8.0
 WEIGHTS, CONFIG = "head.safetensors", "head.json"
 _EMBEDDINGS, _OUTPUT, _NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 
@@ -188,6 +189,28 @@ class DovetailHead(nn.Module):
         fused = self.fusion(features, nn.functional.embedding(tokens, self.embeddings))
         guessed: torch.Tensor = self.blocks(inputs_embeds=fused, **{"use_cache": False, **more}).last_hidden_state
         return guessed
+
+    def begin_like(self, folder: Path) -> None:
+        """Let its blocks begin as the last ones of the target in `folder`: from there it has less to learn.
+
+        What the target does not have, or has in another shape, stays as it is. Its layers go on from a stream that is
+        larger than what a normalisation makes, so that theirs is made larger too.
+        """
+        first = int(json.loads((folder / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"])
+        first -= self.shape.blocks
+        own = {
+            f"model.layers.{first + block}.{name}": weight
+            for block, layer in enumerate(self.blocks.layers)
+            for name, weight in layer.named_parameters()
+        }
+        with torch.no_grad():
+            for mixed in (self.fusion.feature, self.fusion.embedding):
+                mixed.weight.mul_(_STREAM)
+            for file in folder.glob("*.safetensors"):
+                with safe_open(file, framework="pt") as tensors:
+                    for name in own.keys() & set(tensors.keys()):
+                        if (theirs := tensors.get_tensor(name)).shape == own[name].shape:
+                            own[name].copy_(theirs)
 
     def trained(self) -> dict[str, torch.Tensor]:
         """The weights that are its own, by name."""

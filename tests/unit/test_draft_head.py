@@ -299,6 +299,20 @@ def test_a_target_without_the_tensors_is_refused(tmp_path: Path) -> None:
         TargetEnds.read(tmp_path, torch.float32)
 
 
+def test_blocks_may_begin_as_the_targets_last(target: LocalModel) -> None:
+    made = DovetailHead(HeadShape.like(target.path, 2), TargetEnds.read(target.path, torch.float32))
+    made.begin_like(target.path)
+    theirs = tiny().model.layers
+    for own, other in zip(made.blocks.layers, theirs[2:], strict=True):
+        for name, weight in own.named_parameters():
+            assert torch.equal(weight, other.get_parameter(name)), name
+    six = DovetailHead(HeadShape.like(target.path, 6), TargetEnds.read(target.path, torch.float32))
+    before = [each.clone() for each in six.blocks.layers[0].parameters()]
+    six.begin_like(target.path)  # the target has four
+    assert all(torch.equal(*pair) for pair in zip(six.blocks.layers[0].parameters(), before, strict=True))
+    assert torch.equal(six.blocks.layers[2].mlp.up_proj.weight, theirs[0].mlp.up_proj.weight)
+
+
 def test_a_target_whose_output_is_its_own(tmp_path: Path) -> None:
     model = tiny(5, layers=1, tied=False)
     ends = TargetEnds.read(saved(tmp_path, model), torch.float32)

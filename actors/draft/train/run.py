@@ -105,7 +105,9 @@ def train(out: Path, target: LocalModel, prompts: Split, plan: Plan, say: Say) -
         raise ConfigError(f"{target.name!r} has nothing to say to these prompts: take others")
     digest = hashlib.sha256(b"".join(each.tokens.tobytes() for each in learnt)).hexdigest()[:16]
     settings = Settings(target.name, target.digest, digest, plan.blocks, plan.steps, plan.batch, plan.rate, plan.seed)
-    trainer = Trainer(DovetailHead(shape, ends, plan.seed), learnt, settings)
+    head = DovetailHead(shape, ends, plan.seed)
+    head.begin_like(target.path)
+    trainer = Trainer(head, learnt, settings)
     trainer.resume(out)
 
     def told(step: StepFigures) -> None:
@@ -119,8 +121,7 @@ def train(out: Path, target: LocalModel, prompts: Split, plan: Plan, say: Say) -
 
     say("held-out answers", 0, 1, "")
     longest = max(len(each.tokens) for each in kept) + plan.k
-    head = load_head(out, target)
-    drafter = HeadDrafter(head, slots=1, max_tokens=longest, name="head", threads=plan.threads)
+    drafter = HeadDrafter(load_head(out, target), slots=1, max_tokens=longest, name="head", threads=plan.threads)
     found = {"head": measure(drafter, kept, plan.k), "lookup": measure(PromptLookup(), kept, plan.k)}
     figures = {"held_out_prompts": float(len(kept)), "trained_tokens": float(_tokens(learnt))}
     for name, worth in found.items():
