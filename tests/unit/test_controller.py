@@ -157,7 +157,7 @@ async def test_one_that_dies_again_and_again_gets_pauses_and_a_verdict(world: Wo
 
 
 async def test_a_start_that_hangs_is_given_up(world: World) -> None:
-    controller = world.controller(world.post("a"), timeout_s=0.02)
+    controller = world.controller(world.post("a"), timeout_s=0.5)
     await controller.fill()
     world.slow = True
     world.actors["a-1"].sick = "gone"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,15 @@ from joinwise.cluster.cli.main import app
 from joinwise.cluster.errors import ConfigError
 
 SETTINGS = Settings("tiny", "a" * 32, "d", blocks=1, steps=12, batch=3, rate=2e-3, seed=5)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Several would wait for each other where other tests run beside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def text(seed: int, size: int = 8) -> str:

@@ -67,7 +67,7 @@ def transfer(sender: Worker, receiver: Worker, name: str) -> FetchReport:
         reports.extend(receiver.step())
         return bool(reports)
 
-    eventually(reported, "the transfer ends")
+    eventually(reported, "the transfer ends", 60)  # handshakes are tried again, ever less often
     return reports[0]
 
 

@@ -66,7 +66,7 @@ class Site:
         self.broken: set[str] = set()
         monkeypatch.setattr(launch, "_CHANGE_EVERY_S", 0)
         monkeypatch.setattr(launch.Cluster, "_fetch_models", lambda cluster: None)
-        monkeypatch.setattr(launch.ray_api, "Actor", self._actor)
+        monkeypatch.setattr(launch.ray_api, "Actor", SimpleNamespace(launch=self._actor))
         monkeypatch.setattr(launch.ray_api, "node_id", lambda: "node")
         self.cluster = launch.Cluster(config(), self.said.append)
         self.cluster._ray = SimpleNamespace(local=True)  # type: ignore[assignment]
