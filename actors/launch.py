@@ -169,7 +169,8 @@ class Cluster:
     def _keeps(self) -> bool:
         """Whether actors outlive this launcher."""
         assert self._ray is not None, "it is connected"
-        return bool(not self._ray.local and self._redis is None and self.config.ray.alone_s)
+        elsewhere = not (self._ray.local or self._ray.through_client or self._redis is not None)
+        return elsewhere and bool(self.config.ray.alone_s)
 
     async def _fill(self) -> None:
         assert self._controller is not None

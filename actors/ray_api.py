@@ -50,11 +50,13 @@ class Connection:
         local: Ray runs on this machine alone and ends with us.
         ours: we have joined it, and leave it in `close`.
         node: process of the node that we have started; None in somebody else's Ray.
+        through_client: by Ray's client (`ray://`), which knows nothing of jobs.
     """
 
     local: bool
     ours: bool
     node: psutil.Process | None = None
+    through_client: bool = False
 
     @property
     def alive(self) -> bool:
@@ -107,7 +109,8 @@ def connect(config: JoinwiseConfig, *, cpus: float, actors: int) -> Connection:
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         raise ConfigError(f"no Ray cluster at {address!r}: {error}") from error
     local = address == LOCAL
-    return Connection(local=local, ours=True, node=_own_node() if local else None)
+    through_client = address.startswith("ray://")
+    return Connection(local, ours=True, node=_own_node() if local else None, through_client=through_client)
 
 
 def _own_node() -> psutil.Process | None:

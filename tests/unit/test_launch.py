@@ -69,7 +69,7 @@ class Site:
         monkeypatch.setattr(launch.ray_api, "Actor", SimpleNamespace(launch=self._actor))
         monkeypatch.setattr(launch.ray_api, "node_id", lambda: "node")
         self.cluster = launch.Cluster(config(), self.said.append)
-        self.cluster._ray = SimpleNamespace(local=True)  # type: ignore[assignment]
+        self.cluster._ray = SimpleNamespace(local=True, through_client=False)  # type: ignore[assignment]
 
     def _actor(self, target: str, *arguments: Any, name: str, num_cpus: float, **rest: Any) -> FakeActor:
         assert num_cpus == 0, "on a Ray of our own CPUs hold nothing up"
