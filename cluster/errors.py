@@ -92,6 +92,12 @@ class PoisonError(JoinwiseError):
     code, http_status, grpc_status = "poison", 422, "FAILED_PRECONDITION"
 
 
+class CannotResumeError(JoinwiseError):
+    """A stream that broke cannot be continued exactly, or not yet."""
+
+    code, http_status, grpc_status = "cannot_resume", 409, "ABORTED"
+
+
 class NotSupportedError(JoinwiseError):
     """A valid wish that this cluster cannot fulfil."""
 

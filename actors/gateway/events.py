@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from joinwise.actors.gateway.failures import VllmRefusalError
+from joinwise.cluster.errors import CannotResumeError
 from joinwise.proto import inference_pb2 as pb
 
 _UNKNOWN_LOGPROB = -9999.0  # what vLLM writes where it has none
@@ -21,11 +22,14 @@ class EventStream:
 
     Args:
         request_id: the id that `started` tells the client.
+        resume: how far the stream had come elsewhere; what its client has is made again, and not told again.
     """
 
-    def __init__(self, request_id: str) -> None:
+    def __init__(self, request_id: str, resume: pb.Resume | None = None) -> None:
         self._request_id = request_id
-        self._sequence = 0
+        self._sequence = resume.next_sequence if resume is not None else 0
+        self._known = resume or pb.Resume()
+        self._tokens = self._characters = 0
 
     def events(self, sse: str) -> Iterator[pb.GenerateResponse]:
         """The events in one SSE string; none for keep-alive comments and `[DONE]`.
@@ -47,9 +51,9 @@ class EventStream:
             yield self._next(started=started)
         for choice in chunk["choices"]:
             delta = _delta(choice)
-            if delta.ByteSize() > (pb.Delta(index=delta.index)).ByteSize():
+            if delta.ByteSize() > (pb.Delta(index=delta.index)).ByteSize() and not self._is_known(delta):
                 yield self._next(delta=delta)
-            if reason := choice.get("finish_reason"):
+            if (reason := choice.get("finish_reason")) and not self._known.finished:
                 stop = choice.get("stop_reason")
                 finished = pb.Finished(
                     index=choice["index"], finish_reason=reason, stop_reason="" if stop is None else str(stop)
@@ -64,6 +68,26 @@ class EventStream:
                     cached_tokens=details.get("cached_tokens") or 0,
                 )
             )
+
+    def _is_known(self, delta: pb.Delta) -> bool:
+        """Whether the client has this delta already.
+
+        Raises:
+            CannotResumeError: what is made here is not what the client has; or two tokens came as one, of which it has
+                the first only, which another attempt may have apart.
+        """
+        known = self._known.token_ids
+        if self._tokens == len(known):
+            return bool(self._known.finished)
+        begin, end = self._tokens, self._tokens + len(delta.token_ids)
+        self._tokens, self._characters = end, self._characters + len(delta.text) + len(delta.reasoning)
+        if list(delta.token_ids) != list(known[begin:end]):
+            raise CannotResumeError(
+                "the tokens that the stream had told before it broke do not come again as they were"
+            )
+        if end == len(known) and self._characters != self._known.characters:
+            raise CannotResumeError("the text that the stream had told before it broke does not come again as it was")
+        return True
 
     def _next(self, **event: Any) -> pb.GenerateResponse:
         response = pb.GenerateResponse(sequence=self._sequence, **event)

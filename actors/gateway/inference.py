@@ -31,8 +31,15 @@ from joinwise.actors.gateway.failures import (
     trailer_of,
 )
 from joinwise.actors.gateway.models import Models
+from joinwise.actors.gateway.tickets import call_resumes
 from joinwise.cluster.client.types import ClusterStatus
-from joinwise.cluster.errors import InternalError, InvalidRequestError, JoinwiseError, RequestCancelledError
+from joinwise.cluster.errors import (
+    CannotResumeError,
+    InternalError,
+    InvalidRequestError,
+    JoinwiseError,
+    RequestCancelledError,
+)
 from joinwise.proto import inference_pb2 as pb
 from joinwise.proto import inference_pb2_grpc
 
@@ -100,7 +107,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         with NotedErrors() as noted:
             try:
                 request_id = request_id_of(request)
-                with self._register(request_id) as call:
+                with self._register(request_id, request) as call:
                     failure = await self._stream(call, request, context)
             except Exception as e:
                 failure = as_joinwise_error(e, noted.last)
@@ -164,8 +171,10 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             vllm_request = to_vllm(request, call.request_id)
             metadata = {k: v for k, v in context.invocation_metadata() or () if isinstance(v, str)}
             async with self._admission(call.request_id, request, metadata):
+                resume = request.resume if request.HasField("resume") else None
+                call_resumes.set(tuple(resume.token_ids) if resume is not None else None)
                 answer = await self._serve(vllm_request)
-                stream = EventStream(call.request_id)
+                stream = EventStream(call.request_id, resume)
                 async with aclosing(answer) as chunks:
                     async for sse in chunks:
                         for event in stream.events(sse):
@@ -187,8 +196,12 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             raise VllmRefusalError(answer.error.model_dump())
         return answer  # type: ignore[no-any-return]
 
-    def _register(self, request_id: str) -> _Call:
-        if request_id in self._calls:
+    def _register(self, request_id: str, request: pb.GenerateRequest) -> _Call:
+        running = self._calls.get(request_id)
+        if running is not None and request.HasField("resume"):  # its connection broke, and nobody has told us yet
+            running.cancel()
+            raise CannotResumeError("the stream that broke is still being ended: ask again")
+        if running is not None:
             raise InvalidRequestError(f"a request with the id {request_id!r} is running")
         return _Call(request_id, self._calls)
 

@@ -25,6 +25,8 @@ from joinwise.cluster.router.terms import MAX_PRIORITY, PLAIN
 call_tickets: ContextVar["list[Ticket] | None"] = ContextVar("joinwise_call_tickets", default=None)
 #: What the caller has said of itself in headers or metadata; set by the front doors.
 call_terms: ContextVar[Terms] = ContextVar("joinwise_call_terms", default=PLAIN)
+#: The tokens of a stream that broke at another gateway and goes on here; set by the gRPC door.
+call_resumes: ContextVar[tuple[int, ...] | None] = ContextVar("joinwise_call_resumes", default=None)
 #: The ticket whose requests are being added in this task.
 active_ticket: ContextVar["Ticket | None"] = ContextVar("joinwise_active_ticket", default=None)
 

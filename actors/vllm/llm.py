@@ -1,5 +1,6 @@
 """`ClusterLLM`: vLLM's `AsyncLLM` over `ClusterCore`, with a ticket for every call of `generate`."""
 
+import copy
 from collections.abc import AsyncGenerator, Callable, Collection
 from contextvars import ContextVar
 from typing import Any, NoReturn, cast
@@ -13,9 +14,10 @@ from vllm.v1.engine.core_client import EngineCoreClient
 from vllm.v1.executor import Executor
 
 from joinwise.actors.gateway.failures import note_error
-from joinwise.actors.gateway.tickets import Ticket, TicketOffice, active_ticket, call_terms, call_tickets
+from joinwise.actors.gateway.tickets import Ticket, TicketOffice, active_ticket, call_resumes, call_terms, call_tickets
 from joinwise.actors.vllm import first_finish, split
 from joinwise.actors.vllm.core_client import ClusterCore
+from joinwise.actors.vllm.handoff import set_replay
 from joinwise.actors.vllm.kv_events import BlockNames
 from joinwise.cluster.errors import InvalidRequestError, JoinwiseError, NotSupportedError
 from joinwise.cluster.router.ask import MAX_HOLDERS
@@ -125,6 +127,9 @@ class ClusterLLM(AsyncLLM):
             kind = prompt.get("type", "unknown") if isinstance(prompt, dict) else type(prompt).__name__
             raise InvalidRequestError(f"{kind} input is not supported: send text", request_id=request_id)
         split.refuse_reserved(params)
+        resumes = call_resumes.get()
+        if resumes is not None:
+            params = self._resuming(params, resumes)
         lora = given.get("lora_request")
         # vLLM validates lazily, after a streaming response has begun; validate now, and on a copy.
         more = {name: given[name] for name in _OF_INPUTS if name in given}
@@ -142,7 +147,8 @@ class ClusterLLM(AsyncLLM):
             prompt_tokens=len(checked.prompt_token_ids or ()) or 1,
             max_new_tokens=checked_params.max_tokens or 1,
             samples=params.n,
-            whole=bool(split.whole_reason(checked_params, has_embeds=checked.prompt_embeds is not None)),
+            whole=resumes is not None
+            or bool(split.whole_reason(checked_params, has_embeds=checked.prompt_embeds is not None)),
             adapter=lora.lora_name if lora is not None else None,
             needs=split.needs_of(checked_params, has_embeds=checked.prompt_embeds is not None),
             priority=int(given.get("priority") or 0),
@@ -150,6 +156,19 @@ class ClusterLLM(AsyncLLM):
             exclude=self.strangers,
         )
         return ticket, checked
+
+    def _resuming(self, params: SamplingParams, tokens: tuple[int, ...]) -> SamplingParams:
+        """Parameters with which an engine begins by repeating these tokens; `needs_of` sees that they are special."""
+        vocabulary = self.model_config.get_vocab_size()
+        if any(token >= vocabulary for token in tokens):
+            raise InvalidRequestError(f"resume: a token id is not below {vocabulary}, the size of the vocabulary")
+        if len(tokens) > self.model_config.max_model_len:
+            raise InvalidRequestError(f"resume: {len(tokens)} tokens are more than the model takes")
+        if params.n != 1:
+            raise InvalidRequestError("resume: only a request for one choice can be resumed")
+        params = copy.copy(params)
+        set_replay(params, list(tokens))
+        return params
 
 
 #: Calls of vLLM's `EngineClient` that mean one engine: a cluster answers 501.

@@ -10,7 +10,7 @@ from typing import Any
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreRequest, FinishReason
 
-from joinwise.actors.vllm.handoff import KV_TRANSFER_KEY, RESERVED_PREFIX, Handoff, set_replay
+from joinwise.actors.vllm.handoff import KV_TRANSFER_KEY, RESERVED_PREFIX, Handoff, replay_of, set_replay
 from joinwise.cluster.errors import InvalidRequestError
 
 Transfer = Handoff | dict[str, Any]
@@ -108,8 +108,8 @@ def decode_part(
 ) -> EngineCoreRequest:
     """The copy that decodes; without a hand-off it computes the prompt itself."""
     copied = _copy(request, part, handoff)
-    if replay:
-        assert copied.sampling_params is not None
+    assert copied.sampling_params is not None
+    if len(replay) > len(replay_of(copied.sampling_params)):  # a stream that is resumed has some of its own
         set_replay(copied.sampling_params, replay)
     return copied
 

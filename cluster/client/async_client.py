@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
 
@@ -13,6 +14,7 @@ import grpc.aio
 from joinwise.cluster.client import channel as ch
 from joinwise.cluster.client.failures import ClientClosedError, as_dict, error_of
 from joinwise.cluster.client.progress import Progress
+from joinwise.cluster.client.retry import Patience
 from joinwise.cluster.client.types import ClusterStatus, Event, GenerateOptions, Generation, Message, Model
 from joinwise.cluster.client.wire import build_request, read_models, read_status
 from joinwise.cluster.errors import JoinwiseError, RequestCancelledError
@@ -25,20 +27,27 @@ class AsyncClient:
 
     def __init__(
         self,
-        target: str = ch.DEFAULT_TARGET,
+        target: str | Sequence[str] = ch.DEFAULT_TARGET,
         *,
         token: str | None = None,
         tls: ch.TLS | bool = False,
         timeout: float | None = ch.DEFAULT_TIMEOUT_S,
+        resume: float = ch.DEFAULT_RESUME_S,
     ) -> None:
-        self.target = target
+        self._targets = ch.targets_of(target)
+        self._at = 0
         self._timeout = timeout
+        self._resume_s = resume
         self._metadata = ch.call_metadata(token)
         self._credentials = ch.credentials(tls)
         self._options = ch.options(tls)
-        self._channel: grpc.aio.Channel | None = None
-        self._stub: Any = None
+        self._channels: dict[str, grpc.aio.Channel] = {}
         self._closed = False
+
+    @property
+    def target(self) -> str:
+        """The gateway that is asked next."""
+        return self._targets[self._at]
 
     @overload
     def generate(
@@ -79,8 +88,9 @@ class AsyncClient:
         The arguments are those of `Client.generate`.
         """
         request = build_request(prompt, messages, token_ids, options)
-        call = self._start("Generate", request, timeout)
-        running = AsyncStream(call, Progress(request.request_id or None), self.target)
+        seconds = self._timeout if timeout == ch.CLIENT_DEFAULT else timeout
+        patience = Patience(self._resume_s, len(self._targets), seconds)
+        running = AsyncStream(partial(self._start, "Generate"), request, patience, self)
         return running if stream else running.result()
 
     async def models(self, *, timeout: float | None = ch.CLIENT_DEFAULT) -> tuple[Model, ...]:
@@ -92,15 +102,15 @@ class AsyncClient:
         return read_status(await self._unary("ClusterStatus", pb.ClusterStatusRequest(), timeout))
 
     async def cancel(self, request_id: str, *, timeout: float | None = ch.CLIENT_DEFAULT) -> bool:
-        """End a running request of this gateway; False when none of that id runs there."""
+        """End a running request; False when none of that id runs at the gateway that is asked."""
         answer = await self._unary("Cancel", pb.CancelGenerateRequest(request_id=request_id), timeout)
         return bool(answer.found)
 
     async def close(self) -> None:
         """Close the connection; calls that still run end with RequestCancelledError. May be repeated."""
         self._closed = True
-        if self._channel is not None:
-            await self._channel.close()
+        for channel in self._channels.values():
+            await channel.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -110,34 +120,49 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    def _start(self, method: str, request: Any, timeout: float | None) -> Any:
+    def ask_another(self, than: str) -> None:
+        """Turn to the next gateway, unless somebody has done so since `than` was asked."""
+        if self.target == than:
+            self._at = (self._at + 1) % len(self._targets)
+
+    def _start(self, method: str, request: Any, seconds: float | None) -> Any:
         if self._closed:
             raise ClientClosedError("this client has been closed")
-        if self._channel is None:
-            self._channel = (
+        channel = self._channels.get(self.target)
+        if channel is None:
+            channel = self._channels[self.target] = (
                 grpc.aio.insecure_channel(self.target, self._options)
                 if self._credentials is None
                 else grpc.aio.secure_channel(self.target, self._credentials, self._options)
             )
-            self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)  # type: ignore[no-untyped-call]
-        seconds = self._timeout if timeout == ch.CLIENT_DEFAULT else timeout
-        return getattr(self._stub, method)(request, timeout=seconds, metadata=self._metadata)
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)  # type: ignore[no-untyped-call]
+        return getattr(stub, method)(request, timeout=seconds, metadata=self._metadata)
 
     async def _unary(self, method: str, request: Any, timeout: float | None) -> Any:
-        try:
-            return await self._start(method, request, timeout)
-        except grpc.aio.AioRpcError as e:
-            raise _error(e, self.target, None) from None
+        seconds = self._timeout if timeout == ch.CLIENT_DEFAULT else timeout
+        patience = Patience(self._resume_s, len(self._targets), seconds)
+        while True:
+            target = self.target
+            try:
+                return await self._start(method, request, patience.rest_s())
+            except grpc.aio.AioRpcError as e:
+                failure = _error(e, target, None)
+            if patience.pause_s(failure, begun=False) is None:
+                raise failure
+            self.ask_another(target)
 
 
 class AsyncStream(AsyncIterator[Event]):
-    """The events of one request, in order; also a context manager, which ends the request when it is left early."""
+    """The events of one request, in order; also a context manager, which ends the request when it is left early.
 
-    def __init__(self, call: Any, progress: Progress, target: str) -> None:
-        self._call = call
-        self._responses = aiter(call)
-        self._progress = progress
-        self._target = target
+    One whose gateway dies goes on at the next one, or at its successor, from the event that is due.
+    """
+
+    def __init__(self, start: Callable[..., Any], request: Any, patience: Patience, client: AsyncClient) -> None:
+        self._start, self._patience, self._client = start, patience, client
+        self._progress = Progress(request)
+        self._cancelled = False
+        self._ask(request)
         self._failure: JoinwiseError | None = None
         self._ended = False
 
@@ -158,12 +183,11 @@ class AsyncStream(AsyncIterator[Event]):
         while not self._ended:
             try:
                 event = self._progress.take(await anext(self._responses))
+                self._patience.moved()
             except StopAsyncIteration:
                 await self._end()
             except grpc.aio.AioRpcError as e:
-                self._ended = True
-                self._progress.take_trailer(as_dict(e.trailing_metadata()))
-                self._failure = _error(e, self._target, self.request_id)
+                await self._broken(e)
             except asyncio.CancelledError:
                 task = asyncio.current_task()
                 if task is not None and task.cancelling():
@@ -179,6 +203,30 @@ class AsyncStream(AsyncIterator[Event]):
         if self._failure is not None:
             raise self._failure
         raise StopAsyncIteration
+
+    def _ask(self, request: Any) -> None:
+        self._target = self._client.target
+        self._call = self._start(request, self._patience.rest_s())
+        self._responses = aiter(self._call)
+
+    async def _broken(self, e: grpc.aio.AioRpcError) -> None:
+        """Go on elsewhere, or end with the error."""
+        failure = _error(e, self._target, self.request_id)
+        request = None if self._cancelled else self._progress.again()
+        pause = self._patience.pause_s(failure, begun=self._progress.begun) if request is not None else None
+        if pause is None:
+            self._ended = True
+            self._progress.take_trailer(as_dict(e.trailing_metadata()))
+            self._failure = failure
+            return
+        await asyncio.sleep(pause)
+        self._client.ask_another(self._target)
+        try:
+            if self._cancelled:
+                raise RequestCancelledError("the request was cancelled", request_id=self.request_id)
+            self._ask(request)
+        except JoinwiseError as error:  # or the client has been closed
+            self._ended, self._failure = True, error
 
     async def _end(self) -> None:
         self._ended = True
@@ -196,6 +244,7 @@ class AsyncStream(AsyncIterator[Event]):
 
     def cancel(self) -> None:
         """End the request; who waits for its next event gets RequestCancelledError. May be repeated."""
+        self._cancelled = True
         self._call.cancel()
 
     async def close(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 
 DEFAULT_TARGET = "localhost:8001"
+DEFAULT_RESUME_S = 60.0
 DEFAULT_TIMEOUT_S = 600.0
 CLIENT_DEFAULT = -1.0
 """As the timeout of a call: the client's own."""
@@ -53,6 +54,14 @@ def credentials(tls: TLS | bool) -> grpc.ChannelCredentials | None:
         private_key=files.key.read_bytes() if files.key else None,
         certificate_chain=files.certificate.read_bytes() if files.certificate else None,
     )
+
+
+def targets_of(target: str | Sequence[str]) -> tuple[str, ...]:
+    """One target or several, as several."""
+    found = (target,) if isinstance(target, str) else tuple(target)
+    if not found:
+        raise ValueError("no target: give at least one host:port")
+    return found
 
 
 def call_metadata(token: str | None) -> Sequence[tuple[str, str]]:

@@ -22,11 +22,12 @@ class Progress:
     """The state of one stream.
 
     Args:
-        request_id: the id that the caller chose; None until the gateway tells its own.
+        request: what was asked; its id is None until the gateway tells its own, unless the caller has chosen it.
     """
 
-    def __init__(self, request_id: str | None) -> None:
-        self.request_id = request_id
+    def __init__(self, request: pb.GenerateRequest) -> None:
+        self.request_id = request.request_id or None
+        self._request = request
         self.ledger: Mapping[str, Any] | None = None
         self._collector = Collector()
         self._next = 0
@@ -51,6 +52,29 @@ class Progress:
             self._complete = True
         self._collector.add(event)
         return event
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything of the answer has come."""
+        return self._next > 0
+
+    def again(self) -> pb.GenerateRequest | None:
+        """What to ask of another gateway, so that it goes on where this stream has broken; None where none can.
+
+        Of several choices nobody knows how far each had come when their tokens were drawn.
+        """
+        if not self._next:
+            return self._request
+        if self._request.sampling.n > 1:
+            return None
+        request = pb.GenerateRequest()
+        request.CopyFrom(self._request)
+        request.request_id = self.request_id or ""
+        token_ids, characters, finished = self._collector.received(0)
+        request.resume.CopyFrom(
+            pb.Resume(next_sequence=self._next, token_ids=token_ids, characters=characters, finished=finished)
+        )
+        return request
 
     def take_trailer(self, trailer: Mapping[str, Any]) -> None:
         """Keep the ledger, if the trailing metadata has one that can be read."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
 
@@ -11,9 +13,10 @@ import grpc
 from joinwise.cluster.client import channel as ch
 from joinwise.cluster.client.failures import ClientClosedError, as_dict, error_of
 from joinwise.cluster.client.progress import Progress
+from joinwise.cluster.client.retry import Patience
 from joinwise.cluster.client.types import ClusterStatus, Event, GenerateOptions, Generation, Message, Model
 from joinwise.cluster.client.wire import build_request, read_models, read_status
-from joinwise.cluster.errors import JoinwiseError
+from joinwise.cluster.errors import JoinwiseError, RequestCancelledError
 from joinwise.proto import inference_pb2 as pb
 from joinwise.proto import inference_pb2_grpc
 
@@ -22,33 +25,48 @@ class Client:
     """A connection to a gateway.
 
     Args:
-        target: `host:port` of the gateway's gRPC listener.
+        target: `host:port` of the gateway's gRPC listener, or of several gateways of one cluster: the next one is asked
+            where one cannot be reached.
         token: API key.
         tls: True for TLS with the system's authorities, a `TLS` for more, False for plain text.
         timeout: seconds that a call may take in all; None for no limit. Each call may say its own.
+        resume: seconds within which a stream whose gateway has died goes on at another one, or at its successor, from
+            the event that is due; 0 for never. Only requests for one choice can.
 
     All methods raise errors of `joinwise.cluster.errors`.
     """
 
     def __init__(
         self,
-        target: str = ch.DEFAULT_TARGET,
+        target: str | Sequence[str] = ch.DEFAULT_TARGET,
         *,
         token: str | None = None,
         tls: ch.TLS | bool = False,
         timeout: float | None = ch.DEFAULT_TIMEOUT_S,
+        resume: float = ch.DEFAULT_RESUME_S,
     ) -> None:
-        self.target = target
+        self._targets = ch.targets_of(target)
+        self._at = 0
         self._timeout = timeout
+        self._resume_s = resume
         self._metadata = ch.call_metadata(token)
         creds = ch.credentials(tls)
-        self._channel = (
-            grpc.insecure_channel(target, ch.options(tls))
+        self._channels = {
+            each: grpc.insecure_channel(each, ch.options(tls))
             if creds is None
-            else grpc.secure_channel(target, creds, ch.options(tls))
-        )
-        self._stub: Any = inference_pb2_grpc.InferenceServiceStub(self._channel)  # type: ignore[no-untyped-call]
+            else grpc.secure_channel(each, creds, ch.options(tls))
+            for each in self._targets
+        }
+        self._stubs: dict[str, Any] = {
+            each: inference_pb2_grpc.InferenceServiceStub(channel)  # type: ignore[no-untyped-call]
+            for each, channel in self._channels.items()
+        }
         self._closed = False
+
+    @property
+    def target(self) -> str:
+        """The gateway that is asked next."""
+        return self._targets[self._at]
 
     @overload
     def generate(
@@ -92,27 +110,29 @@ class Client:
             options: see `GenerateOptions`.
         """
         request = build_request(prompt, messages, token_ids, options)
-        call = self._start(self._stub.Generate, request, timeout)
-        running = Stream(call, Progress(request.request_id or None), self.target)
+        seconds = self._timeout if timeout == ch.CLIENT_DEFAULT else timeout
+        patience = Patience(self._resume_s, len(self._targets), seconds)
+        running = Stream(partial(self._start, "Generate"), request, patience, self)
         return running if stream else running.result()
 
     def models(self, *, timeout: float | None = ch.CLIENT_DEFAULT) -> tuple[Model, ...]:
         """The models and adapters that can be named in `model`."""
-        return read_models(self._unary(self._stub.ListModels, pb.ListModelsRequest(), timeout))
+        return read_models(self._unary("ListModels", pb.ListModelsRequest(), timeout))
 
     def status(self, *, timeout: float | None = ch.CLIENT_DEFAULT) -> ClusterStatus:
         """Which workers serve, and how loaded they are."""
-        return read_status(self._unary(self._stub.ClusterStatus, pb.ClusterStatusRequest(), timeout))
+        return read_status(self._unary("ClusterStatus", pb.ClusterStatusRequest(), timeout))
 
     def cancel(self, request_id: str, *, timeout: float | None = ch.CLIENT_DEFAULT) -> bool:
-        """End a running request of this gateway; False when none of that id runs there."""
+        """End a running request; False when none of that id runs at the gateway that is asked."""
         request = pb.CancelGenerateRequest(request_id=request_id)
-        return bool(self._unary(self._stub.Cancel, request, timeout).found)
+        return bool(self._unary("Cancel", request, timeout).found)
 
     def close(self) -> None:
         """Close the connection; calls that still run end with RequestCancelledError. May be repeated."""
         self._closed = True
-        self._channel.close()
+        for channel in self._channels.values():
+            channel.close()
 
     def __enter__(self) -> Self:
         return self
@@ -122,29 +142,44 @@ class Client:
     ) -> None:
         self.close()
 
-    def _start(self, method: Any, request: Any, timeout: float | None) -> Any:
+    def ask_another(self, than: str) -> None:
+        """Turn to the next gateway, unless somebody has done so since `than` was asked."""
+        if self.target == than:
+            self._at = (self._at + 1) % len(self._targets)
+
+    def _start(self, method: str, request: Any, seconds: float | None) -> Any:
         if self._closed:
             raise ClientClosedError("this client has been closed")
-        seconds = self._timeout if timeout == ch.CLIENT_DEFAULT else timeout
         try:
-            return method(request, timeout=seconds, metadata=self._metadata)
+            return getattr(self._stubs[self.target], method)(request, timeout=seconds, metadata=self._metadata)
         except ValueError as e:  # closed by another thread in this moment
             raise ClientClosedError(str(e)) from None
 
-    def _unary(self, method: Any, request: Any, timeout: float | None) -> Any:
-        try:
-            return self._start(method, request, timeout)
-        except grpc.RpcError as e:
-            raise _error(e, self.target, None) from None
+    def _unary(self, method: str, request: Any, timeout: float | None) -> Any:
+        seconds = self._timeout if timeout == ch.CLIENT_DEFAULT else timeout
+        patience = Patience(self._resume_s, len(self._targets), seconds)
+        while True:
+            target = self.target
+            try:
+                return self._start(method, request, patience.rest_s())
+            except grpc.RpcError as e:
+                failure = _error(e, target, None)
+            if patience.pause_s(failure, begun=False) is None:
+                raise failure
+            self.ask_another(target)
 
 
 class Stream(Iterator[Event]):
-    """The events of one request, in order; also a context manager, which ends the request when it is left early."""
+    """The events of one request, in order; also a context manager, which ends the request when it is left early.
 
-    def __init__(self, call: Any, progress: Progress, target: str) -> None:
-        self._call = call
-        self._progress = progress
-        self._target = target
+    One whose gateway dies goes on at the next one, or at its successor, from the event that is due.
+    """
+
+    def __init__(self, start: Callable[..., Any], request: Any, patience: Patience, client: Client) -> None:
+        self._start, self._patience, self._client = start, patience, client
+        self._progress = Progress(request)
+        self._cancelled = threading.Event()
+        self._ask(request)
         self._failure: JoinwiseError | None = None
         self._ended = False
 
@@ -165,12 +200,11 @@ class Stream(Iterator[Event]):
         while not self._ended:
             try:
                 event = self._progress.take(next(self._call))
+                self._patience.moved()
             except StopIteration:
                 self._end()
             except grpc.RpcError as e:
-                self._ended = True
-                self._progress.take_trailer(as_dict(self._call.trailing_metadata()))
-                self._failure = _error(e, self._target, self.request_id)
+                self._broken(e)
             except JoinwiseError as e:
                 self._ended, self._failure = True, e
                 self._call.cancel()
@@ -180,6 +214,31 @@ class Stream(Iterator[Event]):
         if self._failure is not None:
             raise self._failure
         raise StopIteration
+
+    def _ask(self, request: Any) -> None:
+        self._target = self._client.target
+        self._call = self._start(request, self._patience.rest_s())
+        if self._cancelled.is_set():  # in this moment, by another thread
+            self._call.cancel()
+
+    def _broken(self, e: grpc.RpcError) -> None:
+        """Go on elsewhere, or end with the error."""
+        failure = _error(e, self._target, self.request_id)
+        request = None if self._cancelled.is_set() else self._progress.again()
+        pause = self._patience.pause_s(failure, begun=self._progress.begun) if request is not None else None
+        if pause is None:
+            self._ended = True
+            self._progress.take_trailer(as_dict(self._call.trailing_metadata()))
+            self._failure = failure
+            return
+        self._cancelled.wait(pause)
+        self._client.ask_another(self._target)
+        try:
+            if self._cancelled.is_set():
+                raise RequestCancelledError("the request was cancelled", request_id=self.request_id)
+            self._ask(request)
+        except JoinwiseError as error:  # or the client has been closed
+            self._ended, self._failure = True, error
 
     def _end(self) -> None:
         self._ended = True
@@ -197,6 +256,7 @@ class Stream(Iterator[Event]):
 
     def cancel(self) -> None:
         """End the request; a thread that waits for its next event gets RequestCancelledError. May be repeated."""
+        self._cancelled.set()
         self._call.cancel()
 
     close = cancel

@@ -197,6 +197,12 @@ class Collector:
         else:
             self._started = event
 
+    def received(self, index: int) -> tuple[tuple[int, ...], int, bool]:
+        """Of one choice so far: its tokens, its characters of text and reasoning, and whether it has ended."""
+        deltas = self._deltas.get(index, [])
+        tokens = tuple(token for delta in deltas for token in delta.token_ids)
+        return tokens, sum(len(delta.text) + len(delta.reasoning) for delta in deltas), index in self._finished
+
     def result(self, ledger: Mapping[str, Any] | None) -> Generation:
         """The answer so far; choices in order of their index."""
         indexes = sorted(self._deltas.keys() | self._finished.keys())

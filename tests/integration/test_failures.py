@@ -30,10 +30,11 @@ from helpers.processes import Home, listener
 from joinwise.actors.chaos.redis_server import RedisServer, folder_in_memory
 from joinwise.cluster.client import AsyncClient, JoinwiseError
 from joinwise.cluster.config_model import RouterConfig
+from joinwise.cluster.errors import CannotResumeError, InvalidRequestError, error_from_code
 from joinwise.cluster.router.registry import Registry, WorkerInfo
 from joinwise.cluster.store.client import connect
 from joinwise.cluster.store.keys import Keys
-from joinwise.proto import engine_pb2, engine_pb2_grpc
+from joinwise.proto import engine_pb2, engine_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 pytestmark = [pytest.mark.cluster, pytest.mark.model]
 
@@ -356,6 +357,48 @@ async def test_no_worker_is_503_at_once(bench: Bench) -> None:
         assert raised.value.code == "no_worker"
     await bench.workers(count=3, without=frozenset(info.worker_id for info in old))
     assert (await bench.ask(_STORY, 8)).tokens == expected.tokens
+
+
+async def test_a_gateway_that_dies_is_not_noticed_by_clients_of_the_sdk(bench: Bench) -> None:
+    """Its streams go on at its successor: every event once, text, tokens and log probabilities as undisturbed."""
+    asks: list[dict[str, Any]] = [
+        {"prompt": _STORY, "temperature": 0, "logprobs": 2},
+        {"prompt": _STORY, "temperature": 0.8, "seed": 7, "presence_penalty": 0.5},
+        {"messages": [{"role": "user", "content": "Tell me a story."}], "temperature": 0},
+    ]
+    fixed = {"max_tokens": 256, "ignore_eos": True}
+    async with AsyncClient(bench.cluster.grpc, resume=180) as client:
+        expected = await asyncio.gather(*(client.generate(**ask, **fixed) for ask in asks))
+        streams = [client.generate(**ask, **fixed, stream=True) for ask in asks]
+        for stream in streams:
+            for _ in range(20):
+                await anext(stream)
+        os.kill(listener(bench.cluster.grpc), signal.SIGKILL)
+        answers = await asyncio.gather(*(stream.result() for stream in streams))
+        for answer, right in zip(answers, expected, strict=True):
+            assert (answer.text, answer.choices[0].token_ids) == (right.text, right.choices[0].token_ids)
+            assert answer.choices[0].finish_reason == "length" and answer.usage.completion_tokens == 256
+        for mine, right in zip(answers[0].choices[0].logprobs, expected[0].choices[0].logprobs, strict=True):
+            assert mine.token == right.token and mine.logprob == pytest.approx(right.logprob, abs=1e-3)
+        with pytest.raises(InvalidRequestError, match="vocabulary"):
+            await _resumed(bench.cluster.grpc, token_ids=[10**6])
+        with pytest.raises(CannotResumeError, match="text"):
+            await _resumed(bench.cluster.grpc, token_ids=expected[0].choices[0].token_ids[:3], characters=999)
+
+
+async def _resumed(target: str, **resume: Any) -> None:
+    """Ask for the rest of a stream by hand."""
+    sampling = inference_pb2.SamplingOptions(temperature=0, max_tokens=8)
+    request = inference_pb2.GenerateRequest(text=_STORY, sampling=sampling, request_id="by-hand")
+    request.resume.CopyFrom(inference_pb2.Resume(next_sequence=4, **resume))
+    async with grpc.aio.insecure_channel(target) as channel:
+        call = inference_pb2_grpc.InferenceServiceStub(channel).Generate(request)
+        try:
+            async for _ in call:
+                pass
+        except grpc.aio.AioRpcError as error:
+            trailer = dict(error.trailing_metadata() or ())
+            raise error_from_code(str(trailer["joinwise-error"]), error.details() or "") from None
 
 
 # Another configuration.

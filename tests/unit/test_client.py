@@ -218,15 +218,16 @@ async def test_unknown_events_are_skipped(client, aclient):
     assert (await aclient.generate("unknown_event")).text == "Hello"
 
 
-def test_break_in_the_middle_keeps_what_came(client):
-    stream = client.generate("breaks", stream=True)
-    assert isinstance(next(stream), Started)
-    assert next(stream) == Delta(0, "Hel", token_ids=(1,))
-    with pytest.raises(UnreachableError, match="worker went away") as caught:
-        next(stream)
-    assert caught.value.request_id == "r1"
-    with pytest.raises(UnreachableError):
-        next(stream)  # it stays failed
+def test_break_in_the_middle_keeps_what_came(server, servicer):
+    with Client(server[1], timeout=20, resume=0) as client:
+        stream = client.generate("breaks", stream=True)
+        assert isinstance(next(stream), Started)
+        assert next(stream) == Delta(0, "Hel", token_ids=(1,))
+        with pytest.raises(UnreachableError, match="worker went away") as caught:
+            next(stream)
+        assert caught.value.request_id == "r1"
+        with pytest.raises(UnreachableError):
+            next(stream)  # it stays failed
 
 
 async def test_errors_keep_their_class_and_retry_after(client, aclient):

@@ -97,6 +97,13 @@ def test_the_parts_share_nothing_with_the_children_of_a_fan_out() -> None:
     assert "kv_transfer_params" not in (again.sampling_params.extra_args or {})
 
 
+def test_a_stream_that_is_resumed_repeats_what_it_had_told_wherever_it_moves() -> None:
+    resumed = request(extra_args={"joinwise_replay": [1, 2, 3]})
+    for emitted, replayed in (([], [1, 2, 3]), ([1, 2], [1, 2, 3]), ([1, 2, 3, 4], [1, 2, 3, 4])):
+        part = split.decode_part(resumed, "a.1.d", None, emitted)
+        assert part.sampling_params is not None and replay_of(part.sampling_params) == replayed
+
+
 @pytest.mark.parametrize(
     ("params", "fields"),
     [
