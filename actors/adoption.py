@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from joinwise.actors import ray_api
-from joinwise.actors.host import Account
+from joinwise.actors.host import STOP_BESIDE_S, Account
 from joinwise.cluster.changes import refusals
 from joinwise.cluster.config import JoinwiseConfig
 from joinwise.cluster.errors import ConfigError
@@ -18,7 +18,6 @@ from joinwise.cluster.errors import ConfigError
 _ASK_S = 30.0
 _DEAD_WITHIN_S = 15.0  # Ray notices the end of a driver at once, that of its node later
 _POLL_S = 0.5
-_BESIDE_DRAIN_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ async def adopt(config: JoinwiseConfig, redis_url: str, say: Callable[[str], Non
                 each.actor.kill()
             elif why:
                 label = each.account.label
-                ending.create_task(each.actor.stop(label.patience_s + _BESIDE_DRAIN_S, *label.stop))
+                ending.create_task(each.actor.stop(label.patience_s + STOP_BESIDE_S, *label.stop))
             else:
                 say(f"{each.account.label.what} {each.actor.name} serves already: it is taken over")
                 kept.append(each)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from joinwise.actors.host import STOP_BESIDE_S
 from joinwise.actors.phases import told
 from joinwise.cluster import reconcile as rec
 from joinwise.cluster.errors import JoinwiseError
@@ -20,7 +21,6 @@ logger = logging.getLogger(__name__)
 _HEALTH_TIMEOUT_S = 20.0
 _ANSWER_S = 1.0
 _ASK_EVERY_S = 2.0
-_BESIDE_DRAIN_S = 20.0
 Say = Callable[[str], None]
 
 
@@ -244,7 +244,7 @@ class Controller:
             self.refused.append(f"{held.post.what} {held.actor.name}: {held.sick}")
 
     async def _leave(self, held: _Held) -> None:
-        await held.actor.stop(held.post.patience_s + _BESIDE_DRAIN_S, *held.post.stop)
+        await held.actor.stop(held.post.patience_s + STOP_BESIDE_S, *held.post.stop)
         self._forget(held)
 
     def _end(self, held: _Held) -> None:

@@ -22,7 +22,8 @@ from joinwise.cluster.errors import JoinwiseError
 
 logger = logging.getLogger(__name__)
 
-_STOP_BESIDE_S = 20.0
+#: Seconds that a stop may take beside those for which what runs may go on.
+STOP_BESIDE_S = 20.0
 _LOOK_S = 5.0
 
 
@@ -179,7 +180,7 @@ class Host:
     async def dismiss(self, owner: str) -> None:
         """The cluster ends: should its launcher be killed in the middle of that, nobody need wait for another."""
         if self._keep is not None and owner == self._owner:
-            self._alone_s = min(self._alone_s, 2 * self._keep.label.patience_s + _STOP_BESIDE_S)
+            self._alone_s = min(self._alone_s, 2 * self._keep.label.patience_s + STOP_BESIDE_S)
 
     async def _end_alone(self, keep: Keep) -> None:
         while True:
@@ -189,7 +190,7 @@ class Host:
             await asyncio.sleep(min(rest, _LOOK_S))  # what it waits for may come earlier now
         logger.error("no launcher has asked for %.0f s: %s ends", self._alone_s, self._name)
         with contextlib.suppress(Exception):
-            async with asyncio.timeout(keep.label.patience_s + _STOP_BESIDE_S):
+            async with asyncio.timeout(keep.label.patience_s + STOP_BESIDE_S):
                 await self._hosted.stop(*keep.label.stop)
         self._exit()
 

@@ -34,8 +34,7 @@ class AsyncClient:
         timeout: float | None = ch.DEFAULT_TIMEOUT_S,
         resume: float = ch.DEFAULT_RESUME_S,
     ) -> None:
-        self._targets = ch.targets_of(target)
-        self._at = 0
+        self.targets = ch.Targets(target)
         self._timeout = timeout
         self._resume_s = resume
         self._metadata = ch.call_metadata(token)
@@ -47,7 +46,7 @@ class AsyncClient:
     @property
     def target(self) -> str:
         """The gateway that is asked next."""
-        return self._targets[self._at]
+        return self.targets.now
 
     @overload
     def generate(
@@ -89,7 +88,7 @@ class AsyncClient:
         """
         request = build_request(prompt, messages, token_ids, options)
         seconds = self._timeout if timeout == ch.CLIENT_DEFAULT else timeout
-        patience = Patience(self._resume_s, len(self._targets), seconds)
+        patience = Patience(self._resume_s, len(self.targets), seconds)
         running = AsyncStream(partial(self._start, "Generate"), request, patience, self)
         return running if stream else running.result()
 
@@ -120,11 +119,6 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    def ask_another(self, than: str) -> None:
-        """Turn to the next gateway, unless somebody has done so since `than` was asked."""
-        if self.target == than:
-            self._at = (self._at + 1) % len(self._targets)
-
     def _start(self, method: str, request: Any, seconds: float | None) -> Any:
         if self._closed:
             raise ClientClosedError("this client has been closed")
@@ -140,7 +134,7 @@ class AsyncClient:
 
     async def _unary(self, method: str, request: Any, timeout: float | None) -> Any:
         seconds = self._timeout if timeout == ch.CLIENT_DEFAULT else timeout
-        patience = Patience(self._resume_s, len(self._targets), seconds)
+        patience = Patience(self._resume_s, len(self.targets), seconds)
         while True:
             target = self.target
             try:
@@ -149,7 +143,7 @@ class AsyncClient:
                 failure = _error(e, target, None)
             if patience.pause_s(failure, begun=False) is None:
                 raise failure
-            self.ask_another(target)
+            self.targets.turn(target)
 
 
 class AsyncStream(AsyncIterator[Event]):
@@ -220,7 +214,7 @@ class AsyncStream(AsyncIterator[Event]):
             self._failure = failure
             return
         await asyncio.sleep(pause)
-        self._client.ask_another(self._target)
+        self._client.targets.turn(self._target)
         try:
             if self._cancelled:
                 raise RequestCancelledError("the request was cancelled", request_id=self.request_id)

@@ -56,12 +56,27 @@ def credentials(tls: TLS | bool) -> grpc.ChannelCredentials | None:
     )
 
 
-def targets_of(target: str | Sequence[str]) -> tuple[str, ...]:
-    """One target or several, as several."""
-    found = (target,) if isinstance(target, str) else tuple(target)
-    if not found:
-        raise ValueError("no target: give at least one host:port")
-    return found
+class Targets(tuple[str, ...]):
+    """Gateways of one cluster, one of which is asked next."""
+
+    _at = 0
+
+    def __new__(cls, target: str | Sequence[str]) -> Targets:
+        """Of one target or several. Raises ValueError for none."""
+        found = (target,) if isinstance(target, str) else tuple(target)
+        if not found:
+            raise ValueError("no target: give at least one host:port")
+        return super().__new__(cls, found)
+
+    @property
+    def now(self) -> str:
+        """The one that is asked next."""
+        return self[self._at]
+
+    def turn(self, than: str) -> None:
+        """Turn to the next one, unless somebody has done so since `than` was asked."""
+        if self.now == than:
+            self._at = (self._at + 1) % len(self)
 
 
 def call_metadata(token: str | None) -> Sequence[tuple[str, str]]:

@@ -45,8 +45,7 @@ class Client:
         timeout: float | None = ch.DEFAULT_TIMEOUT_S,
         resume: float = ch.DEFAULT_RESUME_S,
     ) -> None:
-        self._targets = ch.targets_of(target)
-        self._at = 0
+        self.targets = ch.Targets(target)
         self._timeout = timeout
         self._resume_s = resume
         self._metadata = ch.call_metadata(token)
@@ -55,7 +54,7 @@ class Client:
             each: grpc.insecure_channel(each, ch.options(tls))
             if creds is None
             else grpc.secure_channel(each, creds, ch.options(tls))
-            for each in self._targets
+            for each in self.targets
         }
         self._stubs: dict[str, Any] = {
             each: inference_pb2_grpc.InferenceServiceStub(channel)  # type: ignore[no-untyped-call]
@@ -66,7 +65,7 @@ class Client:
     @property
     def target(self) -> str:
         """The gateway that is asked next."""
-        return self._targets[self._at]
+        return self.targets.now
 
     @overload
     def generate(
@@ -111,7 +110,7 @@ class Client:
         """
         request = build_request(prompt, messages, token_ids, options)
         seconds = self._timeout if timeout == ch.CLIENT_DEFAULT else timeout
-        patience = Patience(self._resume_s, len(self._targets), seconds)
+        patience = Patience(self._resume_s, len(self.targets), seconds)
         running = Stream(partial(self._start, "Generate"), request, patience, self)
         return running if stream else running.result()
 
@@ -142,11 +141,6 @@ class Client:
     ) -> None:
         self.close()
 
-    def ask_another(self, than: str) -> None:
-        """Turn to the next gateway, unless somebody has done so since `than` was asked."""
-        if self.target == than:
-            self._at = (self._at + 1) % len(self._targets)
-
     def _start(self, method: str, request: Any, seconds: float | None) -> Any:
         if self._closed:
             raise ClientClosedError("this client has been closed")
@@ -157,7 +151,7 @@ class Client:
 
     def _unary(self, method: str, request: Any, timeout: float | None) -> Any:
         seconds = self._timeout if timeout == ch.CLIENT_DEFAULT else timeout
-        patience = Patience(self._resume_s, len(self._targets), seconds)
+        patience = Patience(self._resume_s, len(self.targets), seconds)
         while True:
             target = self.target
             try:
@@ -166,7 +160,7 @@ class Client:
                 failure = _error(e, target, None)
             if patience.pause_s(failure, begun=False) is None:
                 raise failure
-            self.ask_another(target)
+            self.targets.turn(target)
 
 
 class Stream(Iterator[Event]):
@@ -232,7 +226,7 @@ class Stream(Iterator[Event]):
             self._failure = failure
             return
         self._cancelled.wait(pause)
-        self._client.ask_another(self._target)
+        self._client.targets.turn(self._target)
         try:
             if self._cancelled.is_set():
                 raise RequestCancelledError("the request was cancelled", request_id=self.request_id)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from helpers.small_engine import finished, small_engine
+
 from joinwise.actors.bench.remote import Remote
 from joinwise.actors.cpu import environment
 
@@ -20,27 +22,17 @@ class HeadEngine:
     """
 
     def __init__(self, folder: Path, k: int) -> None:
-        from vllm.engine.arg_utils import EngineArgs
-        from vllm.v1.engine.llm_engine import LLMEngine
-
         from joinwise.actors.draft.vocabulary import Vocabulary
         from joinwise.actors.vllm import proposer
 
-        arguments: dict[str, Any] = {
-            "model": str(folder),
-            "dtype": "float32",
-            "enforce_eager": True,
-            "max_model_len": 256,
-            "max_num_seqs": 4,
-            "max_num_batched_tokens": 32,  # some prompts take several steps
-            "kv_cache_memory_bytes": 200_000_000,
-            "block_size": 32,
-            "async_scheduling": False,
-            "disable_log_stats": True,
-            "enable_prefix_caching": False,
-            "speculative_config": proposer.speculation(k),
-        }
-        self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        self._engine = small_engine(
+            folder,
+            k,
+            max_num_seqs=4,
+            max_num_batched_tokens=32,  # some prompts take several steps
+            kv_cache_memory_bytes=200_000_000,
+            enable_prefix_caching=False,
+        )
         self._executor: Any = self._engine.engine_core.engine_core.model_executor
         self._links: Any = proposer
         self._answers = 0
@@ -64,9 +56,7 @@ class HeadEngine:
         names = [f"{self._answers}-{place}" for place in range(len(prompts))]
         for name, prompt in zip(names, prompts, strict=True):
             self._engine.add_request(name, {"prompt_token_ids": list(prompt)}, params)
-        found = {}
-        while self._engine.has_unfinished_requests():
-            found |= {each.request_id: list(each.outputs[0].token_ids) for each in self._engine.step() if each.finished}
+        found = {each.request_id: list(each.outputs[0].token_ids) for each in finished(self._engine)}
         return [found[name] for name in names]
 
     def close(self) -> None:

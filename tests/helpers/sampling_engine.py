@@ -6,11 +6,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+from helpers.small_engine import finished, small_engine
+
 from joinwise.actors.bench.remote import Remote
 from joinwise.actors.cpu import environment
 
-BLOCK = 32
-"""Tokens of a KV block."""
 _TOLD = 20
 """Tokens whose chances are told, the most that vLLM tells."""
 
@@ -24,27 +24,11 @@ class SamplingEngine:
     """
 
     def __init__(self, folder: Path, k: int) -> None:
-        from vllm.engine.arg_utils import EngineArgs
-        from vllm.v1.engine.llm_engine import LLMEngine
         from vllm.v1.sample import rejection_sampler
 
-        from joinwise.actors.vllm.proposer import speculation
-
-        arguments: dict[str, Any] = {
-            "model": str(folder),
-            "dtype": "float32",
-            "enforce_eager": True,
-            "max_model_len": 256,
-            "max_num_seqs": 16,
-            "kv_cache_memory_bytes": 400_000_000,
-            "block_size": BLOCK,
-            "async_scheduling": False,
-            "disable_log_stats": True,
-            "speculative_config": speculation(k),
-        }
         self._sampler: Any = rejection_sampler
         self._repeat = {False: rejection_sampler.expand_batch_to_tokens}
-        self._engine = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        self._engine = small_engine(folder, k, max_num_seqs=16, kv_cache_memory_bytes=400_000_000)
         self._scheduler: Any = self._engine.engine_core.engine_core.scheduler
         self._lookup = self._scheduler.dynamic_sd_lookup
         self._repeat[True] = rejection_sampler.expand_batch_to_tokens
@@ -67,7 +51,7 @@ class SamplingEngine:
 
         params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=_TOLD, detokenize=False)
         self._engine.add_request("chances", {"prompt_token_ids": prompt}, params)
-        (output,) = self._finished()
+        (output,) = finished(self._engine)
         found: dict[int | None, float] = {
             token: math.exp(each.logprob) for token, each in output.outputs[0].logprobs[0].items()
         }
@@ -80,13 +64,7 @@ class SamplingEngine:
         params = SamplingParams(temperature=1.0, max_tokens=1, detokenize=False)
         for number in range(draws):
             self._engine.add_request(f"draw-{number}", {"prompt_token_ids": prompt}, params)
-        return [output.outputs[0].token_ids[0] for output in self._finished()]
-
-    def _finished(self) -> list[Any]:
-        found: list[Any] = []
-        while self._engine.has_unfinished_requests():
-            found += [output for output in self._engine.step() if output.finished]
-        return found
+        return [output.outputs[0].token_ids[0] for output in finished(self._engine)]
 
 
 def sampling_engine(folder: Path, k: int) -> Remote:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 from helpers.drawn import FALSE_ALARM, p_value
-from helpers.sampling_engine import BLOCK, sampling_engine
+from helpers.sampling_engine import sampling_engine
+from helpers.small_engine import BLOCK
 
 pytestmark = [pytest.mark.engine, pytest.mark.model]
 

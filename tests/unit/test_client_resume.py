@@ -92,20 +92,14 @@ class Older(Gateway):
             await context.write(event)
 
 
-@pytest.fixture
-async def one() -> AsyncIterator[Gateway]:
+async def running() -> AsyncIterator[Gateway]:
     gateway = Gateway()
     await gateway.start()
     yield gateway
     await gateway.stop()
 
 
-@pytest.fixture
-async def other() -> AsyncIterator[Gateway]:
-    gateway = Gateway()
-    await gateway.start()
-    yield gateway
-    await gateway.stop()
+one, other = pytest.fixture(running), pytest.fixture(running)
 
 
 def sync(targets: list[str], call: Callable[[Client], Any], **options: Any) -> Any:

@@ -160,6 +160,6 @@ async def test_it_stays_while_somebody_asks_and_waits_less_long_once_it_is_dismi
     await made.dismiss("job 2")
     assert made._alone_s == 600.0
     await made.dismiss("job 1")
-    assert made._alone_s == 2 * LABEL.patience_s + host._STOP_BESIDE_S
+    assert made._alone_s == 2 * LABEL.patience_s + host.STOP_BESIDE_S
     await made.take("job 1", "job 2")
     assert made._alone_s == 600.0, "it is wanted again"
