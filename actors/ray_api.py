@@ -1,4 +1,4 @@
-"""The only file that calls `ray.*`: connect, start actors, watch them, stop them.
+"""The only file that calls `ray.*`, but for Serve and chaos: connect, start actors, watch them, stop them.
 
 Nothing hot goes through here: actors answer `start`, `stop` and `failure`; requests, tokens and KV
 never touch Ray. Actors belong to a launcher: they end when it does, or wait for the next one (`Keep`).
@@ -221,12 +221,12 @@ class Actor:
                 `failure` and `phases`; it is called inside the actor.
             name: the actor's name; in Ray's namespace something random follows it.
             threads: compute threads of the actor's process.
-            node: id of the node it must run on; None leaves that to Ray.
+            node: id of the node it must run on; None lets Ray spread actors over those that have room, so that few
+                are lost with one.
             keep: that it outlives us, and for how long; None for one that ends with us.
         """
         options: dict[str, Any] = {"lifetime": "detached"} if keep is not None else {}
-        if node:
-            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
+        where = NodeAffinitySchedulingStrategy(node, soft=False) if node else "SPREAD"
         handle = (
             ray.remote(Host)
             .options(
@@ -237,6 +237,7 @@ class Actor:
                 num_gpus=num_gpus,
                 resources=dict(resources or {}),
                 max_restarts=0,
+                scheduling_strategy=where,
                 **options,
             )
             .remote(name, target, arguments, cpu.environment(threads, log_level), log_level, keep)

@@ -8,7 +8,7 @@ import asyncio
 import re
 import signal
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +24,12 @@ from joinwise.cluster.router.registry import WorkerInfo
 
 _MOMENT_S = 60.0  # until the phase has come
 _DIES_S = 5.0
-_FINISH_S = 40.0  # Ray gives up a head that is gone after 60 s
+_FINISH_S = 40.0  # Ray gives up a control store that is gone after 60 s
 _APPLY_S = 240.0
 _CHANGED = "prefill"  # the pool that `apply` changes
 _LOOK_S = 0.005
+_BURST = 8
+_STALL_S = 1.5
 _PORT = re.compile(r":(\d+)")
 
 
@@ -43,14 +45,14 @@ class Fired:
         evidence: what proves it.
         gone: the worker that must be replaced; "" for none.
         pid: the process that must be gone in the end; 0 for none.
-        ending: all processes of the cluster, which must end by itself now and be started again; none where it goes on.
+        mend: what those do now who run the machines, if they must: start a launcher again, bring another node.
         cut_short: streams that were midway, should have come to their end, and have not.
     """
 
     evidence: dict[str, Any]
     gone: str = ""
     pid: int = 0
-    ending: Sequence[psutil.Process] = ()
+    mend: Callable[[], object] | None = None
     cut_short: int = 0
 
 
@@ -175,27 +177,56 @@ async def _apply(fault: Fault, site: Site, load: Load) -> Fired:
     return Fired({"streams_midway": midway, "replaced": sorted(before), "by": sorted(now), "took_s": took})
 
 
+async def _fill_landing(fault: Fault, site: Site, load: Load) -> Fired:
+    """A burst of prompts while a decode worker stands still for a moment: their KV comes all at once then."""
+    worker, _ = await _victim(fault, site, "decode")
+    process, before = site.process_at(worker.engine_address), await site.landing_waits(worker)
+    load.burst(_BURST)
+    process.send_signal(signal.SIGSTOP)
+    try:
+        await asyncio.sleep(_STALL_S)
+    finally:
+        process.send_signal(signal.SIGCONT)
+    waits = await site.wait_landing_full(worker, before, _MOMENT_S)
+    if not waits:
+        raise NotFiredError(f"{fault.kind}: all KV has found room in the landing buffer")
+    return Fired({"requests_more": _BURST, "frames_that_waited": waits})
+
+
 async def _kill_launcher(fault: Fault, site: Site, load: Load) -> Fired:
-    """It is the controller too. Nothing outlives it."""
-    processes, midway = site.kept.processes(), load.midway
-    await _end(processes[0])
-    return Fired({"streams_midway": midway, "processes": len(processes)}, ending=processes)
-
-
-async def _kill_raylet(fault: Fault, site: Site, load: Load) -> Fired:
-    processes, midway = site.kept.processes(), load.midway
-    await _end(site.ray_process("raylet"))
-    return Fired({"streams_midway": midway, "processes": len(processes)}, ending=processes)
-
-
-async def _kill_head(fault: Fault, site: Site, load: Load) -> Fired:
-    """Its control store, that is. What runs ends well, before Ray gives up."""
-    processes = site.kept.processes()
-    await _end(site.ray_process("gcs_server"))
+    """It is the controller too. Nobody needs it to be served, and the next one takes over what it finds."""
+    launcher = site.kept.process
+    await _end(launcher)
     midway, through = await load.see_through(_FINISH_S)
     if not midway:
         raise NotFiredError(f"{fault.kind}: no stream was midway")
-    return Fired({"streams_midway": midway, "finished": through}, ending=processes, cut_short=midway - through)
+    evidence = {"streams_midway": midway, "finished": through}
+    return Fired(evidence, pid=launcher.pid, mend=site.kept.start, cut_short=midway - through)
+
+
+async def _kill_raylet(fault: Fault, site: Site, load: Load) -> Fired:
+    """With a node's raylet all actors on it end. Another node comes."""
+    worker, held = await _victim(fault, site, "decode")
+    process = site.process_at(worker.engine_address)
+    raylet = process.parent()
+    if raylet is None or raylet.name() != "raylet":
+        raise NotFiredError(f"{fault.kind}: {worker.worker_id} is not a child of a raylet")
+    lost = [each.worker_id for each in await site.workers() if raylet in site.process_at(each.engine_address).parents()]
+    await asyncio.to_thread(site.nodes.lose, raylet)
+    evidence = {"requests_in_engine": held, "workers_lost": sorted(lost)}
+    return Fired(evidence, worker.worker_id, process.pid, mend=site.nodes.add)
+
+
+async def _kill_head(fault: Fault, site: Site, load: Load) -> Fired:
+    """Its control store, that is. What runs ends well meanwhile, and then it comes back with what it knew."""
+    pid = await asyncio.to_thread(site.nodes.lose_control)
+    if psutil.pid_exists(pid):
+        raise NotFiredError(f"{fault.kind}: process {pid} lives on after SIGKILL")
+    midway, through = await load.see_through(_FINISH_S)
+    await asyncio.to_thread(site.nodes.regain_control)
+    if not midway:
+        raise NotFiredError(f"{fault.kind}: no stream was midway")
+    return Fired({"streams_midway": midway, "finished": through}, cut_short=midway - through)
 
 
 def _has_stopped(process: psutil.Process) -> bool:
@@ -228,6 +259,7 @@ _FAULTS: dict[Kind, Callable[[Fault, Site, Load], Awaitable[Fired]]] = {
     "kill-draft": _kill_draft,
     "cut-kv": _cut_kv,
     "apply": _apply,
+    "fill-landing": _fill_landing,
     "kill-launcher": _kill_launcher,
     "kill-raylet": _kill_raylet,
     "kill-head": _kill_head,

@@ -1,7 +1,5 @@
-"""The launcher of the cluster that is broken: started again when it has ended, as a service manager would."""
+"""The launcher of the cluster that is broken: started again when it has died, as a service manager would."""
 
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,7 +9,6 @@ from joinwise.actors.launcher import Launcher
 from joinwise.cluster.errors import InternalError
 
 _READY_S = 300.0
-_LOOK_S = 0.05
 
 
 class Kept:
@@ -60,25 +57,7 @@ class Kept:
         """Let it end; False if it had to be killed."""
         return self._launcher is None or self._launcher.stop()
 
-    def processes(self) -> list[psutil.Process]:
-        """The launcher and all that it has started, directly or not."""
-        launcher = psutil.Process(self.launcher.pid)
-        return [launcher, *launcher.children(recursive=True)]
-
-    def restart(self, before: Sequence[psutil.Process], timeout_s: float) -> list[psutil.Process]:
-        """Start it again once it has ended by itself, with all processes that were its; returns those that have not."""
-        deadline = time.monotonic() + timeout_s
-        while left := [each for each in before if alive(each)]:
-            if time.monotonic() > deadline:
-                return left
-            time.sleep(_LOOK_S)
-        self.start()
-        return []
-
-
-def alive(process: psutil.Process) -> bool:
-    """Whether a process runs; one that only waits to be buried does not."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    @property
+    def process(self) -> psutil.Process:
+        """The launcher's."""
+        return psutil.Process(self.launcher.pid)

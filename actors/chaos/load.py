@@ -5,7 +5,6 @@ as clients do; what has come until then must be the beginning of the right answe
 """
 
 import asyncio
-import itertools
 import json
 import random
 import time
@@ -20,7 +19,7 @@ from joinwise.cluster.client.types import Delta
 from joinwise.cluster.errors import ERRORS, InternalError, JoinwiseError
 
 #: Errors after which a client may ask again.
-AGAIN = frozenset({"overloaded", "no_worker", "store_unavailable", "worker_lost", "unreachable"})
+AGAIN = frozenset({"overloaded", "no_worker", "store_unavailable", "worker_lost", "unreachable", "cannot_resume"})
 #: Tokens of an answer, at least and at most.
 ANSWERS = (24, 96)
 _OF_STATUS = {429: "overloaded", 502: "worker_lost", 503: "no_worker"}
@@ -124,6 +123,7 @@ class Load:
         self._rate, self._at_once, self._patience_s = rate, at_once, patience_s
         self._streaming: dict[int, int] = {}
         self._asking: dict[int, asyncio.Task[None]] = {}
+        self._group = asyncio.TaskGroup()
         self._flows = asyncio.Event()
         self.outcomes: list[Outcome] = []
 
@@ -151,14 +151,21 @@ class Load:
     async def run(self, least: int, over: asyncio.Event) -> None:
         """Ask until `least` requests have been begun and `over` is set; returns when all have ended."""
         room = asyncio.Semaphore(self._at_once)
-        async with asyncio.TaskGroup() as group:
-            for number in itertools.count():
-                if number >= least and over.is_set():
-                    return
+        async with self._group:
+            while len(self._asking) < least or not over.is_set():
                 await room.acquire()
-                asking = self._asking[number] = group.create_task(self._one(number))
-                asking.add_done_callback(lambda _: room.release())
+                self._begin().add_done_callback(lambda _: room.release())
                 await asyncio.sleep(1 / self._rate)
+
+    def burst(self, count: int) -> None:
+        """Ask so many more at once; to be called while it runs."""
+        for _ in range(count):
+            self._begin()
+
+    def _begin(self) -> asyncio.Task[None]:
+        number = len(self._asking)
+        asking = self._asking[number] = self._group.create_task(self._one(number))
+        return asking
 
     async def _one(self, number: int) -> None:
         outcome = Outcome(number, time.monotonic())

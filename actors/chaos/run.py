@@ -21,6 +21,7 @@ from joinwise.actors.chaos.faults import NotFiredError, strike
 from joinwise.actors.chaos.kept import Kept
 from joinwise.actors.chaos.leaks import leftovers
 from joinwise.actors.chaos.load import ANSWERS, Load, Outcome, Question, questions, stream_http
+from joinwise.actors.chaos.nodes import Nodes
 from joinwise.actors.chaos.redis_server import RedisServer, folder_in_memory
 from joinwise.actors.chaos.schedule import Fault, Kind
 from joinwise.actors.chaos.site import MODEL, PLAIN_ENGINE, Site, cluster_config
@@ -31,8 +32,8 @@ from joinwise.cluster.client import AsyncClient
 MUST_BE_ZERO = (
     "lost", "wrong", "stream_faults", "leaked", "not_fired", "not_recovered", "cut_short", "noticed",
 )  # fmt: skip
+_NODES = 2  # beside the head's, where launcher and gateway are
 _RECOVERS_S = 180.0
-_ENDS_S = 120.0  # Ray gives up a head that is gone after 60 s
 _IDLE_S = 30.0
 _POLL_S = 0.2
 TIMEOUT_S = 60.0
@@ -128,14 +129,18 @@ def break_one(
 
 
 def started(settings: Settings, folder: Path, stack: ExitStack, say: Say) -> Site:
-    """A cluster with its Redis, which stops with the stack. Errors as for `Launcher.wait_ready`."""
+    """A cluster with its Redis and its Ray, which stop with the stack. Errors as for `Launcher.wait_ready`."""
     name = f"chaos-{os.getpid()}"
+    engines = settings.prefill + settings.decode + 2 * settings.draft
+    nodes = stack.enter_context(Nodes(_NODES, engines, folder))
     redis = RedisServer(stack.enter_context(folder_in_memory()) / "data")
     redis.start()
     stack.callback(redis.kill)
-    config = cluster_config(name, redis.url, prefill=settings.prefill, decode=settings.decode, draft=settings.draft)
+    config = cluster_config(
+        name, redis.url, nodes.address, prefill=settings.prefill, decode=settings.decode, draft=settings.draft
+    )
     file = folder / f"{name}.yaml"
-    site = Site(config, file, Kept(name, file, folder), redis)
+    site = Site(config, file, Kept(name, file, folder), redis, nodes)
     site.write(config)
     say("starting the cluster")
     stack.enter_context(site.kept)
@@ -216,16 +221,15 @@ async def _one_fault(fault: Fault, site: Site, load: Load) -> dict[str, Any]:
     except NotFiredError as error:
         return row | {"evidence": str(error), "recover_s": await site.wait_whole("", _RECOVERS_S)}
     row |= {"fired": True, "evidence": fired.evidence, "cut_short": fired.cut_short}
-    struck, still_there = time.monotonic(), []
-    if fired.ending:
-        left = await asyncio.to_thread(site.kept.restart, fired.ending, _ENDS_S)
-        still_there = [each.pid for each in left]
-    whole = not still_there and await site.wait_whole(fired.gone, _RECOVERS_S) is not None
+    struck = time.monotonic()
+    if fired.mend is not None:
+        await asyncio.to_thread(fired.mend)
+    whole = await site.wait_whole(fired.gone, _RECOVERS_S) is not None
     took = round(time.monotonic() - struck, 1)
-    still_there += [fired.pid] if fired.pid and psutil.pid_exists(fired.pid) else []
-    if still_there:
-        row["evidence"] = {**fired.evidence, "still_there": still_there}
-    return row | {"recover_s": took if whole and not still_there else None, "ended": time.monotonic()}
+    if fired.pid and psutil.pid_exists(fired.pid):
+        whole = False
+        row["evidence"] = {**fired.evidence, "still_there": fired.pid}
+    return row | {"recover_s": took if whole else None, "ended": time.monotonic()}
 
 
 def _met(outcomes: Sequence[Outcome], begun: float, ended: float) -> Counter[str]:

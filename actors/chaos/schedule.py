@@ -7,14 +7,12 @@ from typing import Literal, get_args
 
 Kind = Literal[
     "kill-prefill", "kill-decode", "kill-gateway", "freeze-prefill", "freeze-decode", "drain-decode", "kill-redis",
-    "lose-redis", "kill-draft", "cut-kv", "apply", "kill-launcher", "kill-raylet", "kill-head",
+    "lose-redis", "kill-draft", "cut-kv", "fill-landing", "apply", "kill-launcher", "kill-raylet", "kill-head",
 ]  # fmt: skip
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-#: With these everything ends, and is started again: all actors belong to the launcher, and live on Ray's one node here.
-ENDING: frozenset[Kind] = frozenset({"kill-launcher", "kill-raylet", "kill-head"})
-#: Their clients may have to ask again: the gateway holds their connections.
-NOTICED: frozenset[Kind] = ENDING | {"kill-gateway"}
+#: Its clients may have to ask again: the gateway holds their connections.
+NOTICED: frozenset[Kind] = frozenset({"kill-gateway"})
 
 _LONGEST_PAUSE_S = 2.0
 _OUTAGE_S = (2.0, 8.0)

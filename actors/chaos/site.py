@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import os
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ import yaml
 from joinwise.actors import runfile
 from joinwise.actors.bench.server import free_port
 from joinwise.actors.chaos.kept import Kept
+from joinwise.actors.chaos.nodes import Nodes
 from joinwise.actors.chaos.redis_server import RedisServer
 from joinwise.cluster.config import JoinwiseConfig
 from joinwise.cluster.drafts import DraftInfo, Drafts
@@ -30,12 +33,16 @@ _VERIFY, _DRAFT = "verify", "draft"
 #: Engine arguments of the undisturbed engine, whose answers are the right ones.
 PLAIN_ENGINE = {**_ENGINE, "dtype": "float32", "max_model_len": _MAX_MODEL_LEN}
 
+_LANDING_BYTES = 256 << 10  # no room for a prompt's layers of two requests
+_WAITS = re.compile(r"^joinwise:kv_landing_waits_total (\S+)", re.MULTILINE)
 _POLL_S = 0.2
 _LOOK_S = 0.005
 _ANSWER_S = 5.0
 
 
-def cluster_config(name: str, redis_url: str, *, prefill: int, decode: int, draft: bool = False) -> JoinwiseConfig:
+def cluster_config(
+    name: str, redis_url: str, ray_address: str, *, prefill: int, decode: int, draft: bool = False
+) -> JoinwiseConfig:
     """A small cluster in float32 that notices quickly, where every request is split.
 
     Its ports stay the same when it is started again.
@@ -43,6 +50,7 @@ def cluster_config(name: str, redis_url: str, *, prefill: int, decode: int, draf
     Args:
         name: of the cluster.
         redis_url: of its Redis.
+        ray_address: host:port of the Ray that it joins, each of whose nodes stands for a machine: KV goes over gRPC.
         prefill, decode: engines.
         draft: one more engine decodes, and verifies what a draft actor proposes.
     """
@@ -62,7 +70,8 @@ def cluster_config(name: str, redis_url: str, *, prefill: int, decode: int, draf
             "models": [{"name": MODEL, "model": MODEL, "dtype": "float32", "max_model_len": _MAX_MODEL_LEN}],
             "pools": pools,
             "redis": {"url": redis_url},
-            "kv": {"transfer_timeout_s": 5},
+            "ray": {"address": ray_address},
+            "kv": {"transport": "grpc", "transfer_timeout_s": 5, "landing_bytes": _LANDING_BYTES},
             "router": {"split": "always", "moves": False, "worker_ttl_s": 3, "lease_s": 10},
             "gateway": {"http_port": free_port(), "grpc_port": free_port(), "drain_s": 20},
         }
@@ -76,13 +85,16 @@ class Site:
     Attributes:
         config: what it runs, now.
         file: where that is written.
-        kept: its launcher, whose descendants all of the cluster's processes are.
+        kept: its launcher.
+        redis: its Redis.
+        nodes: its Ray; all processes of the cluster are descendants of ours.
     """
 
     config: JoinwiseConfig
     file: Path
     kept: Kept
     redis: RedisServer
+    nodes: Nodes
 
     @property
     def http(self) -> str:
@@ -165,16 +177,20 @@ class Site:
                 await asyncio.sleep(_POLL_S)
         return None
 
-    def ray_process(self, name: str) -> psutil.Process:
-        """A process of the launcher's own Ray.
+    async def landing_waits(self, worker: WorkerInfo) -> int:
+        """How often KV has found a worker's landing buffer full. Raises httpx.HTTPError when it does not answer."""
+        async with httpx.AsyncClient(timeout=_ANSWER_S) as client:
+            text = (await client.get(f"http://{worker.metrics_address}/metrics")).text
+        return round(float(found[1])) if (found := _WAITS.search(text)) else 0
 
-        Raises:
-            InternalError: there is none of that name, or more than one.
-        """
-        found = [each for each in self.kept.processes() if each.name() == name]
-        if len(found) != 1:
-            raise InternalError(f"{len(found)} processes of this cluster are called {name}")
-        return found[0]
+    async def wait_landing_full(self, worker: WorkerInfo, before: int, timeout_s: float) -> int:
+        """Wait until KV has found it full more often than before; returns how much more, 0 if it has not in time."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            more = await self.landing_waits(worker) - before
+            if more or time.monotonic() > deadline:
+                return more
+            await asyncio.sleep(_POLL_S)
 
     def process_at(self, address: str) -> psutil.Process:
         """The process that listens at an address.
@@ -188,7 +204,7 @@ class Site:
         if len(owners) != 1:
             raise InternalError(f"{len(owners)} processes listen at {address}")
         found = psutil.Process(owners.pop())
-        if self.kept.launcher.pid not in {parent.pid for parent in found.parents()}:
+        if os.getpid() not in {parent.pid for parent in found.parents()}:
             raise InternalError(f"process {found.pid} at {address} is not of this cluster")
         return found
 

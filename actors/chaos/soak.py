@@ -163,5 +163,4 @@ async def _processes(site: Site) -> dict[str, psutil.Process]:
     """Every process of the cluster that lasts, by what it is."""
     found = {worker.worker_id: site.process_at(worker.engine_address) for worker in await site.workers()}
     found |= {"gateway": site.process_at(site.grpc), "redis": psutil.Process(site.redis.pid)}
-    found |= {name: site.ray_process(name) for name in ("raylet", "gcs_server")}
-    return {**found, "launcher": psutil.Process(site.kept.launcher.pid)}
+    return {**found, **site.nodes.processes, "launcher": site.kept.process}

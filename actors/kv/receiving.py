@@ -22,18 +22,20 @@ from joinwise.proto import kv_pb2
 
 
 class LandingBudget:
-    """Bytes of KV that may be in memory between the wire and their blocks."""
+    """Bytes of KV that may be in memory between the wire and their blocks. `waits` counts what found no room."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._changed = threading.Condition()
-        self.used = 0
+        self.used = self.waits = 0
 
     @contextmanager
     def hold(self, size: int) -> Iterator[None]:
         """Wait until `size` more bytes fit, and hold them; a payload larger than the limit goes alone."""
         with self._changed:
-            self._changed.wait_for(lambda: self.used == 0 or self.used + size <= self._limit)
+            if not self._fits(size):
+                self.waits += 1
+                self._changed.wait_for(lambda: self._fits(size))
             self.used += size
         try:
             yield
@@ -41,6 +43,9 @@ class LandingBudget:
             with self._changed:
                 self.used -= size
                 self._changed.notify_all()
+
+    def _fits(self, size: int) -> bool:
+        return self.used == 0 or self.used + size <= self._limit
 
 
 @dataclass(frozen=True)

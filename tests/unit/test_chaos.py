@@ -192,6 +192,32 @@ def test_questions_are_the_same_every_time() -> None:
     assert {1 <= each.max_tokens <= 2 for each in questions(50, answers=(1, 2))} == {True}
 
 
+async def test_a_burst_is_asked_at_once_and_judged_as_the_rest() -> None:
+    arrived, room = 0, asyncio.Event()
+
+    async def reply(_: httpx.Request) -> httpx.Response:
+        nonlocal arrived
+        arrived += 1
+        if arrived == 6:
+            room.set()
+        await room.wait()
+        return answer(RIGHT)
+
+    over = asyncio.Event()
+    asked = [Question((1, 2), len(RIGHT))]
+    async with httpx.AsyncClient(transport=httpx.MockTransport(reply), base_url="http://gateway") as client:
+        load = Load(client, None, "model", asked, [RIGHT], rate=1000, at_once=1)
+        running = asyncio.create_task(load.run(1, over))
+        while not arrived:
+            await asyncio.sleep(0)
+        load.burst(5)
+        over.set()
+        async with asyncio.timeout(5):
+            await running
+    assert arrived == 6 and all(each.right for each in load.outcomes)
+    assert [each.number for each in load.outcomes] == list(range(6))
+
+
 # Faults.
 
 
@@ -203,11 +229,10 @@ def redis_server(tmp_path: Path) -> Any:
     server.kill()
 
 
-def site_of(redis: Any, pid: int = 0) -> Site:
-    config = cluster_config("chaos", "redis://127.0.0.1:1/0", prefill=1, decode=2)
+def site_of(redis: Any, kept: Any = None, nodes: Any = None) -> Site:
+    config = cluster_config("chaos", "redis://127.0.0.1:1/0", "127.0.0.1:2", prefill=1, decode=2)
     facts = {"addresses": {"http": "http://127.0.0.1:1", "grpc": "127.0.0.1:1"}}
-    kept: Any = SimpleNamespace(facts=facts, launcher=SimpleNamespace(pid=pid))
-    return Site(config, Path("unused"), kept, redis)
+    return Site(config, Path("unused"), kept or SimpleNamespace(facts=facts), redis, nodes)
 
 
 def fault(kind: schedule.Kind) -> Fault:
@@ -279,7 +304,7 @@ def worker_site(monkeypatch: pytest.MonkeyPatch, address: str, held: int) -> Sit
 
     monkeypatch.setattr(Site, "busy", busy)
     monkeypatch.setattr(faults, "idle", idle)
-    return site_of(None, psutil.Process().pid)
+    return site_of(None)
 
 
 @pytest.mark.parametrize(("kind", "state"), [("kill-decode", None), ("freeze-decode", psutil.STATUS_STOPPED)])
@@ -302,7 +327,7 @@ async def test_the_draft_actor_is_hit(listener: Any, monkeypatch: pytest.MonkeyP
         return found.pop(0)
 
     monkeypatch.setattr(Site, "draft", draft)
-    site = site_of(None, psutil.Process().pid)
+    site = site_of(None)
     with pytest.raises(faults.NotFiredError, match="no draft actor"):
         await faults.strike(fault("kill-draft"), site, LOAD)
     fired = await faults.strike(fault("kill-draft"), site, LOAD)
@@ -310,37 +335,92 @@ async def test_the_draft_actor_is_hit(listener: Any, monkeypatch: pytest.MonkeyP
     assert not psutil.pid_exists(process.pid)
 
 
-def ending_site(monkeypatch: pytest.MonkeyPatch, process: Any) -> Site:
-    """A site whose only process is this one, whatever it is asked for."""
-    site = site_of(None, process.pid)
-    found = psutil.Process(process.pid)
-    monkeypatch.setattr(site.kept, "processes", lambda: [found], raising=False)
-    monkeypatch.setattr(Site, "ray_process", lambda self, name: found)
-    return site
+def load_of(midway: int, through: int, then: Any = lambda: None) -> Any:
+    """A load whose streams that are midway come to their ends, or do not."""
+
+    async def see_through(_: float) -> tuple[int, int]:
+        then()
+        return midway, through
+
+    bursts: list[int] = []
+    wait = lambda: asyncio.sleep(0)  # noqa: E731
+    return SimpleNamespace(midway=midway, wait_midway=wait, see_through=see_through, burst=bursts.append, bursts=bursts)
 
 
-@pytest.mark.parametrize("kind", ["kill-launcher", "kill-raylet", "kill-head"])
-async def test_what_ends_everything(kind: Any, listener: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_launcher_dies_under_streams_that_go_on(listener: Any) -> None:
     process, _ = listener
+    starts: list[int] = []
+    kept = SimpleNamespace(process=psutil.Process(process.pid), start=lambda: starts.append(1))
+    load = load_of(3, 2, lambda: starts.append(0) if psutil.pid_exists(process.pid) else None)
+    fired = await faults.strike(fault("kill-launcher"), site_of(None, kept), load)
+    assert not psutil.pid_exists(process.pid) and not starts, "streams are seen through without one"
+    assert (fired.pid, fired.cut_short) == (process.pid, 1)
+    assert fired.mend is not None
+    fired.mend()
+    assert starts == [1]
 
-    async def see_through(_: float) -> tuple[int, int]:
-        assert not psutil.pid_exists(process.pid)
-        return 3, 2
 
-    load: Any = SimpleNamespace(midway=2, wait_midway=lambda: asyncio.sleep(0), see_through=see_through)
-    fired = await faults.strike(fault(kind), ending_site(monkeypatch, process), load)
-    assert not psutil.pid_exists(process.pid)
-    assert [each.pid for each in fired.ending] == [process.pid]
-    assert fired.cut_short == (1 if kind == "kill-head" else 0)
-
-
-async def test_a_head_that_goes_when_nothing_runs_is_no_fault(listener: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def see_through(_: float) -> tuple[int, int]:
-        return 0, 0
-
-    load: Any = SimpleNamespace(midway=0, wait_midway=lambda: asyncio.sleep(0), see_through=see_through)
+@pytest.mark.parametrize("kind", ["kill-launcher", "kill-head"])
+async def test_what_dies_when_nothing_runs_is_no_fault(kind: Any, listener: Any) -> None:
+    kept = SimpleNamespace(process=psutil.Process(listener[0].pid), start=None)
+    nodes = SimpleNamespace(lose_control=lambda: 0, regain_control=lambda: None)
     with pytest.raises(faults.NotFiredError, match="midway"):
-        await faults.strike(fault("kill-head"), ending_site(monkeypatch, listener[0]), load)
+        await faults.strike(fault(kind), site_of(None, kept, nodes), load_of(0, 0))
+
+
+async def test_a_control_store_comes_back_once_streams_are_through(listener: Any) -> None:
+    process, _ = listener
+    did: list[str] = []
+
+    def lose_control() -> int:
+        did.append("lost")
+        process.kill()
+        process.wait()
+        return int(process.pid)
+
+    nodes = SimpleNamespace(lose_control=lose_control, regain_control=lambda: did.append("regained"))
+    load = load_of(3, 3, lambda: did.append("seen through"))
+    fired = await faults.strike(fault("kill-head"), site_of(None, nodes=nodes), load)
+    assert did == ["lost", "seen through", "regained"]
+    assert fired.cut_short == 0 and fired.evidence == {"streams_midway": 3, "finished": 3}
+
+
+async def test_a_control_store_that_survives_is_no_fault(listener: Any) -> None:
+    nodes = SimpleNamespace(lose_control=lambda: listener[0].pid)
+    with pytest.raises(faults.NotFiredError, match="lives on"):
+        await faults.strike(fault("kill-head"), site_of(None, nodes=nodes), load_of(1, 1))
+
+
+async def test_a_worker_that_no_raylet_has_started_is_not_lost_with_one(
+    listener: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = worker_site(monkeypatch, listener[1], held=1)
+    with pytest.raises(faults.NotFiredError, match="not a child of a raylet"):
+        await faults.strike(fault("kill-raylet"), site, LOAD)
+
+
+@pytest.mark.parametrize("waits", [[4, 4, 7], [4]])
+async def test_a_landing_buffer_is_full_when_kv_has_waited(
+    waits: list[int], listener: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process, address = listener
+    load = load_of(1, 1)
+
+    async def landing_waits(self: Site, worker: Any) -> int:
+        return waits.pop(0) if len(waits) > 1 else waits[0]
+
+    monkeypatch.setattr(Site, "landing_waits", landing_waits)
+    monkeypatch.setattr(faults, "_STALL_S", 0.01)
+    monkeypatch.setattr(faults, "_MOMENT_S", 0.5)
+    site = worker_site(monkeypatch, address, held=1)
+    if len(waits) == 1:
+        with pytest.raises(faults.NotFiredError, match="has found room"):
+            await faults.strike(fault("fill-landing"), site, load)
+    else:
+        fired = await faults.strike(fault("fill-landing"), site, load)
+        assert fired.evidence["frames_that_waited"] == 3
+    assert load.bursts == [8]
+    assert psutil.Process(process.pid).status() != psutil.STATUS_STOPPED
 
 
 @pytest.mark.parametrize(
@@ -371,10 +451,7 @@ async def test_a_change_has_replaced_its_workers(
         assert (fired.evidence["replaced"], fired.evidence["by"]) == (["prefill-0-1"], ["prefill-0-2"])
 
 
-def test_a_cluster_is_started_again_once_all_of_it_has_ended(
-    listener: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    process, _ = listener
+def test_each_start_of_a_cluster_has_a_log_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[Path] = []
 
     class Fake:
@@ -392,10 +469,8 @@ def test_a_cluster_is_started_again_once_all_of_it_has_ended(
     monkeypatch.setattr("joinwise.actors.chaos.kept.Launcher", Fake)
     kept = Kept("c", tmp_path / "c.yaml", tmp_path)
     kept.start()
-    before = [psutil.Process(process.pid)]
-    assert kept.restart(before, 0.1) == before and len(started) == 1
-    process.kill()
-    assert kept.restart(before, 5) == [] and len(set(started)) == 2
+    kept.start()
+    assert len(set(started)) == 2
     assert kept.stop()
     with pytest.raises(InternalError, match="did not stop"), Kept("c", tmp_path / "c.yaml", tmp_path):
         started.clear()
@@ -428,7 +503,7 @@ def test_a_change_that_takes_too_long_is_given_up(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("draft", [False, True])
 def test_its_cluster_can_work(draft: bool) -> None:
-    config = cluster_config("chaos", "redis://127.0.0.1:1/0", prefill=1, decode=2, draft=draft)
+    config = cluster_config("chaos", "redis://127.0.0.1:1/0", "127.0.0.1:2", prefill=1, decode=2, draft=draft)
     assert problems(config) == []
     assert {pool.role for pool in config.pools} == {"prefill", "decode"} | ({"draft"} if draft else set())
 
@@ -478,10 +553,12 @@ async def test_a_worker_that_is_never_busy_is_not_hit(listener: Any, monkeypatch
     assert process.poll() is None
 
 
-def test_processes_of_others_are_left_alone(listener: Any) -> None:
-    _, address = listener
-    with pytest.raises(InternalError, match="not of this cluster"):
-        site_of(None, pid=1 << 22).process_at(address)
+def test_processes_of_others_are_left_alone(listener: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    process, address = listener
+    assert site_of(None).process_at(address).pid == process.pid
+    with monkeypatch.context() as patch, pytest.raises(InternalError, match="not of this cluster"):
+        patch.setattr("joinwise.actors.chaos.site.os.getpid", lambda: 1 << 22)
+        site_of(None).process_at(address)
 
 
 # Figures.

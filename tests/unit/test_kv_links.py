@@ -190,7 +190,7 @@ def exposed(metrics: KvMetrics) -> dict[tuple[str, frozenset[str]], float]:
 def test_metrics_have_a_series_for_each_link_and_drop_it_with_the_peer() -> None:
     metrics = KvMetrics()
     link = status(bytes=30, streams=2, failed=1, seconds=1.5, exposed_seconds=0.25, refused_checksum=4)
-    metrics.note(KvFigures([link], 3, 100, 1000, {"completed": 5, "failed": 2, "stalled": 1}))
+    metrics.note(KvFigures([link], 3, 100, 1000, {"completed": 5, "failed": 2, "stalled": 1}, 6))
     where = {"10.0.0.1:7", "tcp", "none"}
     expected = {
         ("link_bytes_total", frozenset(where)): 30,
@@ -205,6 +205,7 @@ def test_metrics_have_a_series_for_each_link_and_drop_it_with_the_peer() -> None
         ("streams", frozenset()): 3,
         ("landing_bytes", frozenset()): 100,
         ("landing_limit_bytes", frozenset()): 1000,
+        ("landing_waits_total", frozenset()): 6,
     }
     found = exposed(metrics)
     assert {key: found.get(key) for key in expected} == expected

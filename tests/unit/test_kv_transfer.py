@@ -653,6 +653,7 @@ def test_a_full_landing_budget_stops_the_sender_not_for_ever(sender: Sender, rec
         eventually(lambda: bool(transfer.claimed), "the stream has begun")
         time.sleep(0.1)
         assert fetch.landed == [0, 0, 0, 0]
+        assert receiver.budget.waits == 1
     fetch.succeed()
     sender.finish(transfer)
     receiver.expect(sender.content(transfer), range(8))

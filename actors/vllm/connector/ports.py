@@ -51,6 +51,7 @@ def status(executor: Executor) -> KvStatus:
         first.streams += other.streams
         first.landing_bytes += other.landing_bytes
         first.landing_limit += other.landing_limit
+        first.landing_waits += other.landing_waits
         first.counters += Counter(other.counters)
         first.links = merged(first.links, other.links)
     return first
@@ -63,7 +64,8 @@ def needed(executor: Executor) -> frozenset[str]:
 
 def figures(status: KvStatus) -> KvFigures:
     """The part of it that is shown to operators."""
-    return KvFigures(status.links, status.streams, status.landing_bytes, status.landing_limit, status.counters)
+    landing = status.landing_bytes, status.landing_limit
+    return KvFigures(status.links, status.streams, *landing, status.counters, status.landing_waits)
 
 
 def _connector() -> WorkerConnector:
@@ -91,4 +93,4 @@ def _needed(_: Any) -> set[str]:
 
 
 def _status(_: Any) -> KvStatus:
-    return _connector().status() if _is_ours() else KvStatus([], 0, 0, 0, Counter(), [])
+    return _connector().status() if _is_ours() else KvStatus([], 0, 0, 0, 0, Counter(), [])

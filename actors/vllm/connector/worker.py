@@ -78,6 +78,7 @@ class KvStatus:
     streams: int
     landing_bytes: int
     landing_limit: int
+    landing_waits: int
     counters: Counter[str]
     links: list[LinkStatus]
 
@@ -214,6 +215,7 @@ class WorkerConnector:
             streams=(self.server.open_streams if self.server else 0) + self._fetching,
             landing_bytes=self._budget.used,
             landing_limit=self._settings.landing_bytes,
+            landing_waits=self._budget.waits,
             counters=Counter(self.counters),
             links=self._client.link_status() if self._client is not None else [],
         )
