@@ -33,7 +33,7 @@ _VERIFY, _DRAFT = "verify", "draft"
 #: Engine arguments of the undisturbed engine, whose answers are the right ones.
 PLAIN_ENGINE = {**_ENGINE, "dtype": "float32", "max_model_len": _MAX_MODEL_LEN}
 
-_LANDING_BYTES = 256 << 10  # no room for a prompt's layers of two requests
+_LANDING_BYTES = 256 << 10  # no room for frames of two requests
 _WAITS = re.compile(r"^joinwise:kv_landing_waits_total (\S+)", re.MULTILINE)
 _POLL_S = 0.2
 _LOOK_S = 0.005
@@ -50,7 +50,8 @@ def cluster_config(
     Args:
         name: of the cluster.
         redis_url: of its Redis.
-        ray_address: host:port of the Ray that it joins, each of whose nodes stands for a machine: KV goes over gRPC.
+        ray_address: host:port of the Ray that it joins, each of whose nodes stands for a machine: KV goes over TCP, and
+            is decoded on its way through a landing buffer.
         prefill, decode: engines.
         draft: one more engine decodes, and verifies what a draft actor proposes.
     """
@@ -71,7 +72,7 @@ def cluster_config(
             "pools": pools,
             "redis": {"url": redis_url},
             "ray": {"address": ray_address},
-            "kv": {"transport": "grpc", "transfer_timeout_s": 5, "landing_bytes": _LANDING_BYTES},
+            "kv": {"transport": "tcp", "codec": "lossless", "transfer_timeout_s": 5, "landing_bytes": _LANDING_BYTES},
             "router": {"split": "always", "moves": False, "worker_ttl_s": 3, "lease_s": 10},
             "gateway": {"http_port": free_port(), "grpc_port": free_port(), "drain_s": 20},
         }
