@@ -28,7 +28,7 @@ _FINISH_S = 40.0  # Ray gives up a control store that is gone after 60 s
 _APPLY_S = 240.0
 _CHANGED = "prefill"  # the pool that `apply` changes
 _LOOK_S = 0.005
-_BURST = 8
+_BURST, _BURSTS = 12, 3
 _STALL_S = 1.5
 _PORT = re.compile(r":(\d+)")
 
@@ -181,16 +181,16 @@ async def _fill_landing(fault: Fault, site: Site, load: Load) -> Fired:
     """A burst of prompts while a decode worker stands still for a moment: their KV comes all at once then."""
     worker, _ = await _victim(fault, site, "decode")
     process, before = site.process_at(worker.engine_address), await site.landing_waits(worker)
-    load.burst(_BURST)
-    process.send_signal(signal.SIGSTOP)
-    try:
-        await asyncio.sleep(_STALL_S)
-    finally:
-        process.send_signal(signal.SIGCONT)
-    waits = await site.wait_landing_full(worker, before, _MOMENT_S)
-    if not waits:
-        raise NotFiredError(f"{fault.kind}: all KV has found room in the landing buffer")
-    return Fired({"requests_more": _BURST, "frames_that_waited": waits})
+    for bursts in range(1, _BURSTS + 1):
+        load.burst(_BURST)
+        process.send_signal(signal.SIGSTOP)
+        try:
+            await asyncio.sleep(_STALL_S)
+        finally:
+            process.send_signal(signal.SIGCONT)
+        if waits := await site.wait_landing_full(worker, before, _MOMENT_S / _BURSTS):
+            return Fired({"requests_more": bursts * _BURST, "frames_that_waited": waits})
+    raise NotFiredError(f"{fault.kind}: all KV has found room in the landing buffer")
 
 
 async def _kill_launcher(fault: Fault, site: Site, load: Load) -> Fired:

@@ -33,7 +33,7 @@ _VERIFY, _DRAFT = "verify", "draft"
 #: Engine arguments of the undisturbed engine, whose answers are the right ones.
 PLAIN_ENGINE = {**_ENGINE, "dtype": "float32", "max_model_len": _MAX_MODEL_LEN}
 
-_LANDING_BYTES = 256 << 10  # no room for frames of two requests
+_LANDING_BYTES = 4 << 10  # a frame, and nothing beside it
 _WAITS = re.compile(r"^joinwise:kv_landing_waits_total (\S+)", re.MULTILINE)
 _POLL_S = 0.2
 _LOOK_S = 0.005
