@@ -18,7 +18,7 @@ import psutil
 from joinwise.actors.chaos.load import Load
 from joinwise.actors.chaos.partition import cut, dropped
 from joinwise.actors.chaos.schedule import Fault, Kind
-from joinwise.actors.chaos.site import Site, idle
+from joinwise.actors.chaos.site import Site
 from joinwise.cluster.errors import ConfigError, JoinwiseError
 from joinwise.cluster.router.registry import WorkerInfo
 
@@ -77,7 +77,7 @@ async def _victim(fault: Fault, site: Site, role: str) -> tuple[WorkerInfo, int]
             while True:
                 busy = await site.busy(role)
                 worker = busy[int(fault.victim * len(busy))]
-                if held := (await idle(worker)).scheduler_requests:
+                if held := (await site.idle(worker)).scheduler_requests:
                     return worker, held
     except TimeoutError:
         raise NotFiredError(f"{fault.kind}: no {role} worker was busy") from None

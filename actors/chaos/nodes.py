@@ -59,7 +59,7 @@ class Nodes:
         self._add(num_cpus=self._cpus)
 
     def _add(self, **arguments: Any) -> Node:
-        return self._ray.add_node(node_ip_address="127.0.0.1", object_store_memory=_STORE_BYTES, **arguments)
+        return self._ray.add_node(object_store_memory=_STORE_BYTES, **arguments)
 
     @property
     def processes(self) -> Mapping[str, psutil.Process]:

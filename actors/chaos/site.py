@@ -15,6 +15,7 @@ import psutil
 import yaml
 
 from joinwise.actors import runfile
+from joinwise.actors.auth import bearer
 from joinwise.actors.bench.server import free_port
 from joinwise.actors.chaos.kept import Kept
 from joinwise.actors.chaos.nodes import Nodes
@@ -23,7 +24,8 @@ from joinwise.cluster.config import JoinwiseConfig
 from joinwise.cluster.drafts import DraftInfo, Drafts
 from joinwise.cluster.errors import ConfigError, InternalError, StoreUnavailableError
 from joinwise.cluster.router.registry import Registry, WorkerInfo
-from joinwise.cluster.store.client import connect
+from joinwise.cluster.store.client import connect, store_errors
+from joinwise.cluster.store.keys import Keys
 from joinwise.proto import engine_pb2, engine_pb2_grpc
 
 MODEL = "smollm2-135m-instruct"
@@ -153,7 +155,7 @@ class Site:
             found = []
             for worker in await self.workers(role):
                 with contextlib.suppress(grpc.aio.AioRpcError):
-                    if (await idle(worker)).scheduler_requests:
+                    if (await self.idle(worker)).scheduler_requests:
                         found.append(worker)
             if found:
                 return found
@@ -177,6 +179,23 @@ class Site:
                     return time.monotonic() - begin
                 await asyncio.sleep(_POLL_S)
         return None
+
+    async def idle(self, worker: WorkerInfo) -> engine_pb2.IdleResponse:
+        """What a worker holds now. Raises grpc.aio.AioRpcError when it does not answer."""
+        async with grpc.aio.insecure_channel(worker.engine_address) as channel:
+            stub = engine_pb2_grpc.EngineServiceStub(channel)
+            return await stub.Idle(engine_pb2.IdleRequest(), timeout=_ANSWER_S, metadata=bearer(await self._token()))
+
+    async def _token(self) -> str:
+        """That the cluster's processes ask each other for, off the loopback; "" while Redis does not answer."""
+        client = connect(self.redis.url, self.config.redis)
+        try:
+            with store_errors("a worker is asked"):
+                return str(await client.get(Keys(self.config.cluster).token) or "")
+        except StoreUnavailableError:
+            return ""
+        finally:
+            await client.aclose()
 
     async def landing_waits(self, worker: WorkerInfo) -> int:
         """How often KV has found a worker's landing buffer full. Raises httpx.HTTPError when it does not answer."""
@@ -208,13 +227,6 @@ class Site:
         if os.getpid() not in {parent.pid for parent in found.parents()}:
             raise InternalError(f"process {found.pid} at {address} is not of this cluster")
         return found
-
-
-async def idle(worker: WorkerInfo) -> engine_pb2.IdleResponse:
-    """What a worker holds now. Raises grpc.aio.AioRpcError when it does not answer."""
-    async with grpc.aio.insecure_channel(worker.engine_address) as channel:
-        stub = engine_pb2_grpc.EngineServiceStub(channel)
-        return await stub.Idle(engine_pb2.IdleRequest(), timeout=_ANSWER_S)
 
 
 async def _healthy(client: httpx.AsyncClient) -> bool:

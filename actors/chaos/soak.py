@@ -23,7 +23,7 @@ import psutil
 
 from joinwise.actors.chaos.load import Load, Question
 from joinwise.actors.chaos.run import TIMEOUT_S, Figures, Say, Settings, left_behind, reference, started
-from joinwise.actors.chaos.site import MODEL, Site, idle
+from joinwise.actors.chaos.site import MODEL, Site
 from joinwise.cluster.client import AsyncClient
 
 What = Literal["rss_mb", "fds", "keys", "kv_blocks"]
@@ -149,7 +149,7 @@ async def _watch(
         samples[Series("redis", "keys")].append((now, keys or 0))
         for worker in workers:
             try:
-                used = (await idle(worker)).blocks_used
+                used = (await site.idle(worker)).blocks_used
             except grpc.aio.AioRpcError:  # busy: a sample less
                 continue
             samples[Series(worker.worker_id, "kv_blocks")].append((now, used))

@@ -299,11 +299,11 @@ def worker_site(monkeypatch: pytest.MonkeyPatch, address: str, held: int) -> Sit
     async def busy(self: Site, role: str) -> list[Any]:
         return [worker] if held else await asyncio.Event().wait()
 
-    async def idle(_: Any) -> Any:
+    async def idle(self: Site, worker: Any) -> Any:
         return SimpleNamespace(scheduler_requests=held)
 
     monkeypatch.setattr(Site, "busy", busy)
-    monkeypatch.setattr(faults, "idle", idle)
+    monkeypatch.setattr(Site, "idle", idle)
     return site_of(None)
 
 
