@@ -40,17 +40,26 @@ def link(rate: str, *, loss: float = 0.0) -> Iterator[None]:
     Raises:
         ConfigError: not a rate; or this machine allows no namespaces, or lacks `ip`, `tc` or, for losses, `nft`.
     """
-    if not (found := _RATE.fullmatch(rate)):
-        raise ConfigError(f"link {rate!r}: give a rate as `tc` writes it, such as 1gbit or 100mbit")
-    burst = max(_LEAST_BURST, int(found[1]) * _BITS[found[2]] // 8 // _BURSTS_A_SECOND)
-    with own_network():
-        run(f"tc qdisc add dev lo root tbf rate {rate} burst {burst}b latency {_QUEUE_MS}ms")
+    with own_network(), shaped(rate):
         if loss:
             run("nft add table inet lossy")
             run("nft add chain inet lossy input { type filter hook input priority 0 ; }")
             share = round(1000 * loss)
             run(f"nft add rule inet lossy input meta l4proto tcp numgen random mod 1000 < {share} counter drop")
         yield
+
+
+@contextmanager
+def shaped(rate: str) -> Iterator[None]:
+    """Give the loopback of a network of our own a link's rate. Errors as for `link`."""
+    if not (found := _RATE.fullmatch(rate)):
+        raise ConfigError(f"link {rate!r}: give a rate as `tc` writes it, such as 1gbit or 100mbit")
+    burst = max(_LEAST_BURST, int(found[1]) * _BITS[found[2]] // 8 // _BURSTS_A_SECOND)
+    run(f"tc qdisc add dev lo root tbf rate {rate} burst {burst}b latency {_QUEUE_MS}ms")
+    try:
+        yield
+    finally:
+        run("tc qdisc del dev lo root")
 
 
 @contextmanager

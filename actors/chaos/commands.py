@@ -43,7 +43,7 @@ def chaos(
         raise ConfigError(f"no fault {unknown[0]!r}; there are {', '.join(KINDS)}")
     impossible = {} if draft else {"kill-draft": "without --draft there is no draft actor"}
     if said := partition.refused():
-        impossible["cut-kv"] = said
+        impossible |= {"cut-kv": said, "fill-landing": said}
     if add and (soak or json is None):
         raise ConfigError("--add goes with --json, and not with --soak")
     before = report.rows_of(json, "chaos") if add and json is not None and json.exists() else []

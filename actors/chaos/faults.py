@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import psutil
 
+from joinwise.actors.bench.link import shaped
 from joinwise.actors.chaos.load import Load
 from joinwise.actors.chaos.partition import cut, dropped
 from joinwise.actors.chaos.schedule import Fault, Kind
@@ -28,8 +29,8 @@ _FINISH_S = 40.0  # Ray gives up a control store that is gone after 60 s
 _APPLY_S = 240.0
 _CHANGED = "prefill"  # the pool that `apply` changes
 _LOOK_S = 0.005
-_BURST, _BURSTS = 12, 3
-_STALL_S = 1.5
+_BURST = 12
+_SLOW = "40mbit"
 _PORT = re.compile(r":(\d+)")
 
 
@@ -178,19 +179,15 @@ async def _apply(fault: Fault, site: Site, load: Load) -> Fired:
 
 
 async def _fill_landing(fault: Fault, site: Site, load: Load) -> Fired:
-    """A burst of prompts while a decode worker stands still for a moment: their KV comes all at once then."""
-    worker, _ = await _victim(fault, site, "decode")
-    process, before = site.process_at(worker.engine_address), await site.landing_waits(worker)
-    for bursts in range(1, _BURSTS + 1):
+    """A burst of prompts behind a slow network: their KV comes together, and takes long to land."""
+    workers = await site.workers("decode")
+    before = await site.landing_waits(workers)
+    with shaped(_SLOW):
         load.burst(_BURST)
-        process.send_signal(signal.SIGSTOP)
-        try:
-            await asyncio.sleep(_STALL_S)
-        finally:
-            process.send_signal(signal.SIGCONT)
-        if waits := await site.wait_landing_full(worker, before, _MOMENT_S / _BURSTS):
-            return Fired({"requests_more": bursts * _BURST, "frames_that_waited": waits})
-    raise NotFiredError(f"{fault.kind}: all KV has found room in the landing buffer")
+        waits = await site.wait_landing_full(workers, before, _MOMENT_S)
+    if not waits:
+        raise NotFiredError(f"{fault.kind}: all KV has found room in the landing buffer")
+    return Fired({"requests_more": _BURST, "frames_that_waited": waits})
 
 
 async def _kill_launcher(fault: Fault, site: Site, load: Load) -> Fired:

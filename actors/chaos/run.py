@@ -113,7 +113,7 @@ def break_one(
 ) -> tuple[Figures, list[dict[str, Any]]]:
     """Start a cluster, break it by the schedule of every seed, stop it. Errors as for `Launcher.wait_ready`."""
     with ExitStack() as stack:
-        if "cut-kv" in settings.kinds:
+        if {"cut-kv", "fill-landing"} & set(settings.kinds):
             stack.enter_context(own_network())
         site = started(settings, folder, stack, say)
         rows: list[dict[str, Any]] = []

@@ -197,17 +197,18 @@ class Site:
         finally:
             await client.aclose()
 
-    async def landing_waits(self, worker: WorkerInfo) -> int:
-        """How often KV has found a worker's landing buffer full. Raises httpx.HTTPError when it does not answer."""
+    async def landing_waits(self, workers: Sequence[WorkerInfo]) -> int:
+        """How often KV has found the landing buffers of workers full. Raises httpx.HTTPError when one does not
+        answer."""
         async with httpx.AsyncClient(timeout=_ANSWER_S) as client:
-            text = (await client.get(f"http://{worker.metrics_address}/metrics")).text
-        return round(float(found[1])) if (found := _WAITS.search(text)) else 0
+            texts = [(await client.get(f"http://{each.metrics_address}/metrics")).text for each in workers]
+        return sum(round(float(found[1])) for text in texts if (found := _WAITS.search(text)))
 
-    async def wait_landing_full(self, worker: WorkerInfo, before: int, timeout_s: float) -> int:
-        """Wait until KV has found it full more often than before; returns how much more, 0 if it has not in time."""
+    async def wait_landing_full(self, workers: Sequence[WorkerInfo], before: int, timeout_s: float) -> int:
+        """Wait until KV has found them full more often than before; returns how much more, 0 if it has not in time."""
         deadline = time.monotonic() + timeout_s
         while True:
-            more = await self.landing_waits(worker) - before
+            more = await self.landing_waits(workers) - before
             if more or time.monotonic() > deadline:
                 return more
             await asyncio.sleep(_POLL_S)

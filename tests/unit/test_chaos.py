@@ -16,6 +16,7 @@ import httpx
 import psutil
 import pytest
 
+from joinwise.actors.bench import link
 from joinwise.actors.bench.link import own_network
 from joinwise.actors.chaos import faults, partition, run, schedule
 from joinwise.actors.chaos.kept import Kept
@@ -222,6 +223,15 @@ async def test_a_burst_is_asked_at_once_and_judged_as_the_rest() -> None:
 
 
 @pytest.fixture
+def own_net() -> Iterator[None]:
+    """A network of this test's own."""
+    if why := partition.refused():
+        pytest.skip(why)
+    with own_network():
+        yield
+
+
+@pytest.fixture
 def redis_server(tmp_path: Path) -> Any:
     server = RedisServer(tmp_path / "redis")
     server.start()
@@ -399,28 +409,30 @@ async def test_a_worker_that_no_raylet_has_started_is_not_lost_with_one(
         await faults.strike(fault("kill-raylet"), site, LOAD)
 
 
-@pytest.mark.parametrize(("waits", "expected"), [([4, 4, 7], 1), ([4], 3)])
+@pytest.mark.parametrize("waits", [[4, 4, 7], [4]])
 async def test_a_landing_buffer_is_full_when_kv_has_waited(
-    waits: list[int], expected: int, listener: Any, monkeypatch: pytest.MonkeyPatch
+    waits: list[int], own_net: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process, address = listener
-    load = load_of(1, 1)
+    load, rates = load_of(1, 1), []
 
-    async def landing_waits(self: Site, worker: Any) -> int:
+    async def workers(self: Site, role: str = "") -> list[Any]:
+        return []
+
+    async def landing_waits(self: Site, workers: Any) -> int:
+        rates.append("tbf" in link.run("tc qdisc show dev lo"))
         return waits.pop(0) if len(waits) > 1 else waits[0]
 
+    monkeypatch.setattr(Site, "workers", workers)
     monkeypatch.setattr(Site, "landing_waits", landing_waits)
-    monkeypatch.setattr(faults, "_STALL_S", 0.01)
     monkeypatch.setattr(faults, "_MOMENT_S", 0.5)
-    site = worker_site(monkeypatch, address, held=1)
     if len(waits) == 1:
         with pytest.raises(faults.NotFiredError, match="has found room"):
-            await faults.strike(fault("fill-landing"), site, load)
+            await faults.strike(fault("fill-landing"), site_of(None), load)
     else:
-        fired = await faults.strike(fault("fill-landing"), site, load)
-        assert fired.evidence["frames_that_waited"] == 3
-    assert load.bursts == [12] * expected
-    assert psutil.Process(process.pid).status() != psutil.STATUS_STOPPED
+        fired = await faults.strike(fault("fill-landing"), site_of(None), load)
+        assert fired.evidence == {"requests_more": 12, "frames_that_waited": 3}
+    assert load.bursts == [12] and rates[0] is False and rates[1] is True
+    assert "tbf" not in link.run("tc qdisc show dev lo"), "the network is as it was"
 
 
 @pytest.mark.parametrize(
@@ -506,15 +518,6 @@ def test_its_cluster_can_work(draft: bool) -> None:
     config = cluster_config("chaos", "redis://127.0.0.1:1/0", "127.0.0.1:2", prefill=1, decode=2, draft=draft)
     assert problems(config) == []
     assert {pool.role for pool in config.pools} == {"prefill", "decode"} | ({"draft"} if draft else set())
-
-
-@pytest.fixture
-def own_net() -> Iterator[None]:
-    """A network of this test's own."""
-    if why := partition.refused():
-        pytest.skip(why)
-    with own_network():
-        yield
 
 
 def kv_site(monkeypatch: pytest.MonkeyPatch, address: str) -> Site:
