@@ -39,14 +39,13 @@ from joinwise.actors.vllm.connector import ports
 from joinwise.actors.vllm.connector.worker import KvSettings
 from joinwise.actors.vllm.engine_loop import EngineLoop
 from joinwise.actors.vllm.kv_events import report_blocks
-from joinwise.actors.vllm.split import ALL_SAMPLING
 from joinwise.actors.worker_ports import GrpcPort, open_ops
 from joinwise.cluster.config import JoinwiseConfig
 from joinwise.cluster.config_model import SpeculationConfig
 from joinwise.cluster.drafts import Drafts
 from joinwise.cluster.errors import ConfigError, JoinwiseError, RegistrationRefusedError, StoreUnavailableError
 from joinwise.cluster.router.prefix_log import PrefixLog
-from joinwise.cluster.router.registry import Registry, WorkerInfo, WorkerLoad
+from joinwise.cluster.router.registry import ALL_SAMPLING, Registry, WorkerInfo, WorkerLoad
 from joinwise.cluster.store.client import connect
 from joinwise.proto import engine_pb2, engine_pb2_grpc
 

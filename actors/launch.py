@@ -36,9 +36,10 @@ from joinwise.actors.spec import WorkerSpec
 from joinwise.cluster.autoscale import Autoscaler
 from joinwise.cluster.changes import gateway_build, refusals, worker_build
 from joinwise.cluster.config import JoinwiseConfig, load_config
+from joinwise.cluster.config_model import PoolConfig
 from joinwise.cluster.errors import ConfigError, InternalError, JoinwiseError, StoreUnavailableError
 from joinwise.cluster.reconcile import Wanted
-from joinwise.cluster.router.pulse import count_waiting
+from joinwise.cluster.router.pulse import count_waiting, last_asked
 from joinwise.cluster.router.registry import Registry, adapter_id
 from joinwise.cluster.store.client import connect, store_errors
 from joinwise.cluster.store.embedded import EmbeddedRedis
@@ -50,7 +51,7 @@ FAILED = "joinwise: "
 _GATEWAY = "gateway"
 _HEALTH_EVERY_S = 2.0
 _CHANGE_EVERY_S = 0.2
-_TROUBLES_S = 60
+_TOLD_S = 60
 Say = Callable[[str], None]
 
 
@@ -87,7 +88,7 @@ class Cluster:
         self._redis: EmbeddedRedis | None = None
         self._store: Redis | None = None
         self._controller: Controller | None = None
-        self._scaler = Autoscaler(config.pools)
+        self._scaler = Autoscaler(config.pools, config.served)
         self._ray: ray_api.Connection | None = None
         self._myself = ""
         self._phases = phases or Phases()
@@ -138,7 +139,7 @@ class Cluster:
         if self._with_gateway and not any(each.account.label.slot == _GATEWAY for each in adopted):
             _refuse_taken(config.gateway.host, config.gateway.http_port, "gateway.http_port")
             _refuse_taken(config.gateway.host, config.gateway.grpc_port, "gateway.grpc_port")
-        self._scaler.resume(_workers_of(adopted))
+        self._scaler.resume(_workers_of(adopted, config.pools))
         self._controller = Controller(self._posts(config), self._say, config.ray.start_timeout_s)
         for each in adopted:
             label, facts = each.account.label, each.account.facts or {}
@@ -177,7 +178,7 @@ class Cluster:
         workers = [pool.role for pool in self.config.pools for _ in range(pool.replicas)]
         drafts = workers.count("draft")
         parts = [(len(workers) - drafts, "engines"), (drafts, "draft actors")]
-        listed = ", ".join(f"{count} {what}" for count, what in parts if count)
+        listed = ", ".join(f"{count} {what}" for count, what in parts if count) or "no engine"
         self._say(f"starting {listed}{' and the gateway' if self._with_gateway else ''}")
         await self._controller.fill()
 
@@ -207,9 +208,9 @@ class Cluster:
             if self._ray is not None and not self._ray.alive:
                 raise InternalError("Ray's node has died, and all actors with it")
             assert self._controller is not None, "it has started"
+            await self._scale()  # at once carried out: what is to go gets few requests in between
             await self._controller.look()
             await self._tell()
-            await self._scale()
 
     async def apply(self, config: JoinwiseConfig) -> None:
         """Become another configuration: only what it touches is replaced, one by one, and drained first.
@@ -225,7 +226,7 @@ class Cluster:
         try:
             await asyncio.get_running_loop().run_in_executor(None, self._fetch_models)
             await self._record_adapters()
-            self._scaler.configure(config.pools)
+            self._scaler.configure(config.pools, config.served)
             self._controller.want(self._posts(config))
             while not await self._controller.look():
                 if refused := self._controller.refused[tried:]:
@@ -233,7 +234,7 @@ class Cluster:
                 await asyncio.sleep(_CHANGE_EVERY_S)
         except BaseException:
             self.config = before
-            self._scaler.configure(before.pools)
+            self._scaler.configure(before.pools, before.served)
             self._controller.want(self._posts(before))
             raise
 
@@ -370,7 +371,7 @@ class Cluster:
         if (verdicts := self._controller.verdicts()) == self._told and not verdicts:
             return
         try:
-            await (await self._registry()).set_troubles(verdicts, _TROUBLES_S)
+            await (await self._registry()).set_troubles(verdicts, _TOLD_S)
             self._told = verdicts
         except StoreUnavailableError:
             logger.warning("nobody can be told: %s", "; ".join(verdicts))
@@ -381,21 +382,24 @@ class Cluster:
         if not self._scaler:
             return
         try:
-            workers = await (await self._registry()).states()
-            waiting = await count_waiting(await self._reach_redis(), self.config.cluster)
+            store, registry, cluster = await self._reach_redis(), await self._registry(), self.config.cluster
+            workers = await registry.states()
+            waiting, asked = await count_waiting(store, cluster), await last_asked(store, cluster)
+            await registry.set_asleep(self._scaler.asleep(workers), _TOLD_S)
         except StoreUnavailableError as error:
             logger.warning("no pool grows or shrinks now: %s", error)
             return
         before = self._scaler.workers
-        for name, why in self._scaler.look(workers, waiting, time.monotonic()).items():
+        for name, why in self._scaler.look(workers, waiting, time.monotonic(), asked).items():
             self._say(f"pool {name}: {before[name]} -> {self._scaler.workers[name]} workers, for {why}")
             self._controller.want(self._posts(self.config))
 
 
-def _workers_of(adopted: Sequence[Adopted]) -> dict[str, int]:
-    """How many workers each pool has, of those that were taken over."""
+def _workers_of(adopted: Sequence[Adopted], pools: Sequence[PoolConfig]) -> dict[str, int]:
+    """How many workers each pool has, of those that were taken over; one that may be at zero is there without any."""
+    asleep = {pool.name: 0 for pool in pools if adopted and pool.autoscale is not None and not pool.autoscale.least}
     slots = [each.account.label.slot.rpartition("-") for each in adopted if each.account.label.slot != _GATEWAY]
-    return {pool: max(int(index) for name, _, index in slots if name == pool) + 1 for pool, _, _ in slots}
+    return asleep | {pool: max(int(index) for name, _, index in slots if name == pool) + 1 for pool, _, _ in slots}
 
 
 def _never(post: Post, number: int) -> ray_api.Actor:

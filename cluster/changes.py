@@ -34,13 +34,14 @@ def worker_build(config: JoinwiseConfig, pool: PoolConfig) -> str:
 
 
 def gateway_build(config: JoinwiseConfig) -> str:
-    """The same of a gateway. Of the pools it knows names, roles, and the engine arguments of those that decode."""
+    """The same of a gateway. Of the pools it knows names, roles, the engine arguments of those that decode, and for how
+    long requests wait for those at zero."""
     pools = [
         pool.model_dump(exclude={*_PLACING, "ops_port", "engine", "draft", "speculation"}) for pool in config.pools
     ]
     decoding = [config.engine_arguments(pool) for pool in config.pools if pool.role in ("decode", "mixed")]
     rest = config.model_dump(exclude={"pools", "ray"})
-    return _digest(pools=pools, decoding=decoding, **rest)
+    return _digest(pools=pools, decoding=decoding, wakes=config.wakes, **rest)
 
 
 def refusals(old: JoinwiseConfig, new: JoinwiseConfig) -> list[str]:

@@ -20,16 +20,21 @@ def _models(config: JoinwiseConfig) -> Iterator[str]:
     yield from _repeated("models", "served name", public)
     for model in config.models:
         pools = [pool for pool in config.pools if pool.model == model.name and pool.role != "draft"]
-        roles = {pool.role for pool in pools if pool.replicas > 0}
+        roles = {pool.role for pool in pools if _serves(pool)}
         if not roles:
             yield f"model '{model.name}' has no pool with a replica; add a mixed pool, or a prefill and a decode pool"
         elif roles < {"prefill", "decode"}:
             yield f"model '{model.name}' has only {roles.pop()} pools; add the other role, or make one mixed"
-        elif not any(pool.replicas and pool.role != "prefill" and pool.speculation is None for pool in pools):
+        elif not any(_serves(pool) and pool.role != "prefill" and pool.speculation is None for pool in pools):
             yield (
                 f"model '{model.name}' decodes in pools with speculation only, which serve plain requests; "
                 "add a decode or mixed pool without, for requests with a seed, penalties or a grammar"
             )
+
+
+def _serves(pool: PoolConfig) -> bool:
+    """Whether a pool has workers, or gets some when it is needed."""
+    return pool.replicas > 0 or pool.autoscale is not None
 
 
 def _pools(config: JoinwiseConfig) -> Iterator[str]:

@@ -163,8 +163,9 @@ class SpeculationConfig(Section):
 class AutoscaleConfig(Section):
     """How many workers a pool keeps, by the work that is pending on them."""
 
-    least: int = Field(ge=1, le=10_000)
-    """Workers that it never goes below."""
+    least: int = Field(ge=0, le=10_000)
+    """Workers that it never goes below; with 0 it ends its last one while its model has nothing to do, and the next
+    request waits for a new one."""
     most: int = Field(ge=1, le=10_000)
     """Workers that it never goes above."""
     target_s: Seconds = 5.0
@@ -173,6 +174,8 @@ class AutoscaleConfig(Section):
     """Seconds for which there must have been more before workers are added."""
     down_s: Seconds = 300.0
     """Seconds for which fewer workers must have been enough before some are let go, drained."""
+    wake_s: Seconds = 300.0
+    """With `least: 0`: seconds that a request waits for the first worker before it gets 503."""
 
     @model_validator(mode="after")
     def _in_order(self) -> AutoscaleConfig:
@@ -485,6 +488,21 @@ class JoinwiseConfig(Section):
             if model.name == name:
                 return model
         raise KeyError(name)
+
+    @property
+    def served(self) -> dict[str, str]:
+        """Names that pools refer to -> names that clients ask for."""
+        return {model.name: model.public_name for model in self.models}
+
+    @property
+    def wakes(self) -> dict[str, float]:
+        """Models with a pool that may be at zero, as clients call them -> seconds that a request waits for a worker."""
+        found: dict[str, float] = {}
+        for pool in self.pools:
+            if pool.autoscale is not None and not pool.autoscale.least:
+                name = self.model_named(pool.model).public_name
+                found[name] = max(found.get(name, 0.0), pool.autoscale.wake_s)
+        return found
 
     def engine_arguments(self, pool: PoolConfig) -> dict[str, Any]:
         """vLLM engine arguments of a pool's workers: the model's, then the pool's own, which win."""

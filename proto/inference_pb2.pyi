@@ -270,18 +270,20 @@ class ClusterStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ClusterStatusResponse(_message.Message):
-    __slots__ = ("cluster", "workers", "leases", "kv_links", "troubles")
+    __slots__ = ("cluster", "workers", "leases", "kv_links", "troubles", "asleep")
     CLUSTER_FIELD_NUMBER: _ClassVar[int]
     WORKERS_FIELD_NUMBER: _ClassVar[int]
     LEASES_FIELD_NUMBER: _ClassVar[int]
     KV_LINKS_FIELD_NUMBER: _ClassVar[int]
     TROUBLES_FIELD_NUMBER: _ClassVar[int]
+    ASLEEP_FIELD_NUMBER: _ClassVar[int]
     cluster: str
     workers: _containers.RepeatedCompositeFieldContainer[Worker]
     leases: int
     kv_links: _containers.RepeatedCompositeFieldContainer[KvLink]
     troubles: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, cluster: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[Worker, _Mapping]]] = ..., leases: _Optional[int] = ..., kv_links: _Optional[_Iterable[_Union[KvLink, _Mapping]]] = ..., troubles: _Optional[_Iterable[str]] = ...) -> None: ...
+    asleep: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, cluster: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[Worker, _Mapping]]] = ..., leases: _Optional[int] = ..., kv_links: _Optional[_Iterable[_Union[KvLink, _Mapping]]] = ..., troubles: _Optional[_Iterable[str]] = ..., asleep: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class KvLink(_message.Message):
     __slots__ = ("sender", "receiver", "transport", "why", "codec", "codec_why", "bytes_per_s", "bytes", "streams", "failed", "retries", "refused")

@@ -81,7 +81,7 @@ class Gateway:
         self.gateway_id = f"{socket.gethostname()}-{secrets.token_hex(4)}"
         self._redis = connect(redis_url, config.redis)
         self._registry = Registry(self._redis, config.cluster, config.router)
-        self._router = SteadyRouter(self._redis, config.cluster, config.router)
+        self._router = SteadyRouter(self._redis, config.cluster, config.router, wakes=config.wakes)
         self._prefixes = PrefixIndex()
         tracing = config.tracing
         self._traces = Traces(tracing, config.cluster, self.gateway_id) if tracing is not None else None
@@ -107,10 +107,10 @@ class Gateway:
         self.phases = Phases()
 
     async def build(self) -> Any:
-        """Make the ASGI application; waits for a worker of each model.
+        """Make the ASGI application; waits for a worker of each model, unless its pools may be at zero.
 
         Raises:
-            NoWorkerError: no worker of a model has registered within `ray.start_timeout_s`.
+            NoWorkerError: no worker of another model has registered within `ray.start_timeout_s`.
             JoinwiseError: Redis or a model cannot be reached.
         """
         config = self._config
@@ -296,7 +296,9 @@ class Gateway:
             return "it drains"
         if self._http is None or not self._http.started:
             return "it has not started yet"
-        if any("mixed" in roles or roles >= {"prefill", "decode"} for roles in self._served.values()):
+        if self._config.wakes or any(
+            "mixed" in roles or roles >= {"prefill", "decode"} for roles in self._served.values()
+        ):
             return self._sick()  # requests for another model, with no worker now, get their 503 one by one
         roles = sorted({role for each in self._served.values() for role in each})
         return f"no worker for every role is registered, only: {', '.join(roles) or 'none'}"
@@ -315,6 +317,7 @@ class Gateway:
             leases=snapshot["leases"],
             kv_links=await self._kv_links(),
             troubles=await self._registry.troubles(),
+            asleep=tuple(pool.name for pool in await self._registry.asleep()),
         )
 
     async def _kv_links(self) -> tuple[KvLinkStatus, ...]:

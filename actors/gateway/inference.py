@@ -161,6 +161,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             leases=snapshot.leases,
             kv_links=links,
             troubles=snapshot.troubles,
+            asleep=snapshot.asleep,
         )
 
     async def _stream(

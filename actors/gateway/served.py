@@ -72,6 +72,7 @@ class ServedModel:
         name: the name that clients ask for.
         digest: of the model's files; a worker with others is none of this model's, whatever it says.
         app: vLLM's HTTP application, with vLLM's objects for this model in its `state`.
+        prefix_events: workers tell what their caches hold.
     """
 
     name: str
@@ -81,6 +82,7 @@ class ServedModel:
     core: ClusterCore
     links: Links
     adapters: Adapters
+    prefix_events: bool = False
 
     def observe(self, workers: Sequence[WorkerInfo], *, alone: bool) -> frozenset[str]:
         """Remember who serves this model, of all who take requests; returns their roles. `alone`: there is no other."""
@@ -93,6 +95,8 @@ class ServedModel:
                 "not used, since their files are not those of %r here: %s", self.name, ", ".join(sorted(strangers))
             )
         self.llm.strangers = strangers
+        if own and self.prefix_events and self.llm.blocks is None:  # of the first, where there was none at the start
+            self.llm.blocks = BlockNames(self.llm.vllm_config, own[0].block_size)
         return frozenset(each.role for each in own)
 
     async def close(self) -> None:
@@ -102,7 +106,8 @@ class ServedModel:
 
 
 async def serve_model(model: ModelConfig, shared: Shared, beside: FastAPI | None = None) -> ServedModel:
-    """Build a model's front end; waits for a worker, whose limits it takes over.
+    """Build a model's front end; waits for a worker, whose limits it takes over. Where a model's pools may be at zero,
+    and are, it takes those of the configuration.
 
     Args:
         beside: the application of another model of this gateway; its routes and middleware are used again.
@@ -118,9 +123,9 @@ async def serve_model(model: ModelConfig, shared: Shared, beside: FastAPI | None
     arguments = config.engine_arguments(_serving_pool(config, model))
     vllm_config = await asyncio.to_thread(gateway_config, str(files.path), arguments, [name])
     shared.phases.done("configuration")
-    worker = await _first_worker(registry, name, config.ray.start_timeout_s)
+    worker = await _first_worker(registry, name, config.ray.start_timeout_s, needed=name not in config.wakes)
     shared.phases.done("waiting for a worker")
-    if worker.model_digest != files.digest:
+    if worker is not None and worker.model_digest != files.digest:
         raise ConfigError(f"workers serve {name!r} with other files (digest {worker.model_digest}) than this gateway's")
     links = Links(
         config.cluster,
@@ -141,14 +146,15 @@ async def serve_model(model: ModelConfig, shared: Shared, beside: FastAPI | None
         in_turn=config.kv.transport == "nixl",
         traces=shared.traces,
     )
-    if vllm_config.model_config.max_model_len != worker.max_model_len:
+    if worker is not None and vllm_config.model_config.max_model_len != worker.max_model_len:
         arguments["max_model_len"] = worker.max_model_len
         vllm_config = await asyncio.to_thread(gateway_config, str(files.path), arguments, [name])
-    blocks = BlockNames(vllm_config, worker.block_size) if config.router.prefix_events else None
+    prefix_events = config.router.prefix_events
+    blocks = BlockNames(vllm_config, worker.block_size) if prefix_events and worker is not None else None
     llm = cluster_llm(vllm_config, core, TicketOffice(shared.router, name), shared.prefixes, blocks)
     if shared.series is not None:
         shared.series.take()
-    args = front_end_args(config.gateway, model, str(files.path), worker.max_model_len)
+    args = front_end_args(config.gateway, model, str(files.path), vllm_config.model_config.max_model_len)
     if beside is None:
         app = build_app(args, ("generate",), vllm_config.model_config)
         _answer_our_errors(app)
@@ -160,7 +166,7 @@ async def serve_model(model: ModelConfig, shared: Shared, beside: FastAPI | None
     adapters = Adapters(registry, utilities, app.state.openai_serving_models, name, enabled=enabled)
     await adapters.sync()
     shared.phases.done("front end")
-    return ServedModel(name, files.digest, app, llm, core, links, adapters)
+    return ServedModel(name, files.digest, app, llm, core, links, adapters, prefix_events)
 
 
 def membership(registry: Registry, name: str, digest: str) -> Callable[[WorkerRef], Awaitable[None]]:
@@ -184,8 +190,9 @@ def membership(registry: Registry, name: str, digest: str) -> Callable[[WorkerRe
     return check
 
 
-async def _first_worker(registry: Registry, model: str, patience_s: float) -> WorkerInfo:
-    """A worker of a model, once there is one. While everything starts Redis may answer late: that ends nothing."""
+async def _first_worker(registry: Registry, model: str, patience_s: float, *, needed: bool = True) -> WorkerInfo | None:
+    """A worker of a model, once there is one, or without being `needed` None. While everything starts Redis may answer
+    late: that ends nothing."""
     deadline, unheard = time.monotonic() + patience_s, None
     while time.monotonic() < deadline:
         try:
@@ -195,6 +202,8 @@ async def _first_worker(registry: Registry, model: str, patience_s: float) -> Wo
         for worker in workers:
             if worker.model == model:
                 return worker
+        if not needed and unheard is None:
+            return None
         await asyncio.sleep(_JOIN_POLL_S)
     raise unheard or NoWorkerError(
         f"no worker of {model!r} has registered: see `joinwise status` and the workers' logs"

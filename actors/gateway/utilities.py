@@ -63,8 +63,8 @@ class Utilities:
         return set.intersection(*held) if held else set()
 
     async def reset_prefix_cache(self, reset_running_requests: bool) -> bool:
-        """Forget cached prefixes everywhere."""
-        return all(await self._all("reset_prefix_cache", [reset_running_requests]))
+        """Forget cached prefixes everywhere: where no worker is, there are none."""
+        return not await self._workers() or all(await self._all("reset_prefix_cache", [reset_running_requests]))
 
     async def _workers(self) -> list[WorkerInfo]:
         return [info for info in await self._registry.list() if info.model == self._model]

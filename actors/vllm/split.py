@@ -12,6 +12,7 @@ from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreRequ
 
 from joinwise.actors.vllm.handoff import KV_TRANSFER_KEY, RESERVED_PREFIX, Handoff, replay_of, set_replay
 from joinwise.cluster.errors import InvalidRequestError
+from joinwise.cluster.router.registry import ALL_SAMPLING
 
 Transfer = Handoff | dict[str, Any]
 """Ours, or what a connector of vLLM's takes as `kv_transfer_params`."""
@@ -48,10 +49,6 @@ def whole_reason(params: SamplingParams, *, has_embeds: bool = False, resumable:
     if params.routed_experts_prompt_start:
         return "routed experts of the prompt"
     return ""
-
-
-#: A worker without it (one that speculates) samples plainly only; see DESIGN.md, "Exactness".
-ALL_SAMPLING = "all_sampling"
 
 
 #: What a plain request may ask for: drawing a token does not depend on those before it, or how the text is shown.

@@ -113,7 +113,7 @@ def _well(name: str, seen: Seen) -> str:
         "gateway": "answers",
         "redis": f"answers; {seen.eviction or 'no eviction policy'}",
         "clock": f"{seen.skew_ms:+.0f} ms against Redis",
-        "workers": f"{len(pulse.workers)} live",
+        "workers": ", ".join([f"{len(pulse.workers)} live", *(f"{each.name} at zero" for each in pulse.asleep)]),
         "leases": f"{pulse.leases}",
         "queue": f"{pulse.waiting} waiting",
         "kv links": f"{links}",
@@ -147,13 +147,14 @@ def _workers(seen: Seen) -> Iterator[Finding]:
         yield Finding("workers", "missing", trouble, "the worker's log says why; `joinwise apply` takes it back")
     for model, workers in _by(seen.pulse.workers, lambda each: each.info.model).items():
         roles = {each.info.role for each in workers}
-        if "mixed" not in roles and not roles >= {"prefill", "decode"}:
-            lacking = " and ".join(sorted({"prefill", "decode"} - roles))
+        whole = roles | {each.role for each in seen.pulse.asleep if each.model == model}
+        if "mixed" not in whole and not whole >= {"prefill", "decode"}:
+            lacking = " and ".join(sorted({"prefill", "decode"} - whole))
             detail = f"no worker of {model} does {lacking}: " + (
                 "requests run whole where they can" if roles - {"draining"} else "its requests get 503"
             )
             yield Finding("workers", "missing", detail, "joinwise status; then the launcher's log")
-    if not seen.pulse.workers:
+    if not seen.pulse.workers and not seen.pulse.asleep:
         yield Finding("workers", "missing", "none is registered: all requests get 503", "the launcher's log says why")
     for each in seen.pulse.workers:
         if (silent := seen.pulse.now_ms - each.beat_ms) > _SILENT_MS:
@@ -193,7 +194,10 @@ def _leases(seen: Seen) -> Iterator[Finding]:
 
 
 def _queue(seen: Seen) -> Iterator[Finding]:
-    if seen.pulse.waiting and not seen.pulse.assigned_per_s:
+    if seen.pulse.waiting and not seen.pulse.assigned_per_s and seen.pulse.asleep:
+        detail = f"{seen.pulse.waiting} wait for a worker of {', '.join(each.name for each in seen.pulse.asleep)}"
+        yield Finding("queue", "warning", detail, "an engine takes a while to start: the launcher's log has the steps")
+    elif seen.pulse.waiting and not seen.pulse.assigned_per_s:
         detail = f"{seen.pulse.waiting} wait, and none was given a worker for {seen.pulse.span_s:.0f} s"
         yield Finding(
             "queue", "missing", detail, "joinwise explain, joinwise top; more workers, or router.max_pending_tokens"

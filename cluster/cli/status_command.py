@@ -87,7 +87,11 @@ def render_status(snapshot: ClusterStatus, models: tuple[Model, ...]) -> Rendera
         table.add_row(*_row(worker))
     names = ", ".join(f"{m.name} ({m.max_model_len} tokens)" if not m.parent else m.name for m in models)
     head = Text.assemble(("cluster ", "dim"), (snapshot.cluster, "bold"), (f"   leases {snapshot.leases}", "dim"))
-    body: list[RenderableType] = [table if snapshot.workers else Text("no live worker", style="red")]
+    body: list[RenderableType] = [table] if snapshot.workers else []
+    if snapshot.asleep:
+        body += [Text(f"at zero until a request comes: {', '.join(snapshot.asleep)}", style="dim")]
+    elif not snapshot.workers:
+        body += [Text("no live worker", style="red")]
     body += [Text(trouble, style="red") for trouble in snapshot.troubles]
     if snapshot.kv_links:
         body += [Text(), _links(snapshot.kv_links)]

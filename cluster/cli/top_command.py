@@ -104,6 +104,8 @@ def _pools(pulse: Pulse) -> Table:
     for each in pulse.pools:
         roles = ", ".join(f"{count} {role}" for role, count in each.roles.items())
         table.add_row(each.pool, each.model, roles, *_pending(each), _kv_used(each))
+    for asleep in pulse.asleep:
+        table.add_row(asleep.name, asleep.model, "at zero", *["-"] * 5)
     return table
 
 

@@ -196,3 +196,4 @@ class ClusterStatus:
     leases: int = 0  # requests with a lease now
     kv_links: tuple[KvLinkStatus, ...] = ()
     troubles: tuple[str, ...] = ()  # what the controller cannot mend, a sentence each
+    asleep: tuple[str, ...] = ()  # pools without a worker, that get one with the next request for their model

@@ -174,7 +174,8 @@ def read_status(response: pb.ClusterStatusResponse) -> ClusterStatus:
     links = tuple(
         KvLinkStatus(**{n: getattr(link, n) for n in names}, refused=dict(link.refused)) for link in response.kv_links
     )
-    return ClusterStatus(response.cluster, workers, response.leases, links, tuple(response.troubles))
+    troubles, asleep = tuple(response.troubles), tuple(response.asleep)
+    return ClusterStatus(response.cluster, workers, response.leases, links, troubles, asleep)
 
 
 class Collector:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -43,7 +44,8 @@ class Ask:
         lease_id: of the lease that it will get.
         entry: its name in the queue, `<gateway>/<deadline ms>/<lease id>`.
         score: its place there: milliseconds, moved by its priority.
-        patient: it may wait.
+        patient: it may wait for room.
+        wakes: it may wait for a worker where none is.
     """
 
     demand: Demand
@@ -52,11 +54,17 @@ class Ask:
     entry: str
     score: int
     patient: bool
+    wakes: bool = False
 
     @cached_property
     def queue_class(self) -> str:
         """Requests of one class are served in one order: those of a model that need the same."""
         return ",".join(sorted(self.demand.needs))
+
+    @property
+    def queue_name(self) -> str:
+        """The class, as keys have it; `demand_of` reads it."""
+        return f"{self.demand.model}:{self.queue_class}"
 
     @property
     def tenant(self) -> tuple[str, TenantConfig]:
@@ -94,9 +102,15 @@ class Ask:
             }
         if terms.slo_ttft_ms or terms.slo_tpot_ms:
             ask["slo_ttft"], ask["slo_tpot"] = terms.slo_ttft_ms, terms.slo_tpot_ms
-        if self.patient:
-            ask |= {"patient": True, "queued": queued, "score": self.score}
+        if self.patient or self.wakes:
+            ask |= {"patient": self.patient, "wakes": self.wakes, "queued": queued, "score": self.score}
         return _json(ask) if ask else ""
+
+
+def demand_of(queue_name: str, models: Iterable[str]) -> tuple[str, frozenset[str]]:
+    """Model and needs of a class of requests; the model is "" where it is none of these."""
+    model = max((each for each in models if queue_name.startswith(f"{each}:")), key=len, default="")
+    return model, frozenset(filter(None, queue_name[len(model) + 1 :].split(",")))
 
 
 def _json(value: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ import asyncio
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -68,9 +68,15 @@ class SteadyRouter(Router):
     """
 
     def __init__(
-        self, client: Redis, cluster: str, settings: RouterConfig, clock: Callable[[], int] | None = None
+        self,
+        client: Redis,
+        cluster: str,
+        settings: RouterConfig,
+        clock: Callable[[], int] | None = None,
+        *,
+        wakes: Mapping[str, float] | None = None,
     ) -> None:
-        super().__init__(client, cluster, settings, clock)
+        super().__init__(client, cluster, settings, clock, wakes=wakes)
         self._seen: tuple[WorkerState, ...] = ()
         self._seen_at = float("-inf")
         self._lived: dict[str, float] = {}  # model -> when a worker of it was last known to live

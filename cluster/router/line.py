@@ -45,11 +45,11 @@ class Lines:
             mine.gone = True
             self._call_first(line)
 
-    async def rest(self) -> None:
+    async def rest(self, seconds: float = _POLL_S) -> None:
         """Wait a moment, or until this gateway has given something back."""
         self._room.clear()
         try:
-            async with asyncio.timeout(_POLL_S):
+            async with asyncio.timeout(seconds):
                 await self._room.wait()
         except TimeoutError:
             pass

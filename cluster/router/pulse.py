@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from redis.asyncio import Redis
 
 from joinwise.cluster.config_model import RouterConfig
-from joinwise.cluster.router.registry import Registry, WorkerState
+from joinwise.cluster.router.registry import AsleepPool, Registry, WorkerState
 from joinwise.cluster.store.client import Scripts, StoreClock, store_errors
 from joinwise.cluster.store.keys import Keys
 
@@ -65,6 +65,7 @@ class Pulse:
         span_s: seconds that `verdicts` and `links` cover: ten, or fewer where so many decisions are not kept.
         verdicts: reason of an assignment or a refusal -> how often.
         links: (prefill worker, decode worker) -> requests handed over between them.
+        asleep: pools at zero, which the next request wakes.
     """
 
     now_ms: int
@@ -74,6 +75,7 @@ class Pulse:
     span_s: float
     verdicts: Mapping[str, int]
     links: Mapping[tuple[str, str], int]
+    asleep: tuple[AsleepPool, ...] = ()
 
     @property
     def pools(self) -> tuple[PoolPulse, ...]:
@@ -97,13 +99,14 @@ class Pulse:
 async def take_pulse(client: Redis, cluster: str) -> Pulse:
     """Look at a cluster once. Raises StoreUnavailableError when Redis does not answer."""
     keys, now = Keys(cluster), await StoreClock(client).now_ms()
-    workers = await Registry(client, cluster, RouterConfig()).states(now)
+    registry = Registry(client, cluster, RouterConfig())
+    workers = await registry.states(now)
     with store_errors("looking at the cluster"):
         leases = int(await client.zcard(keys.leases))
         answer: Any = await Scripts(client, keys.base).run(
             "pulse", now - _WINDOW_MS, _MOST, preludes=("common", "pick", "explain")
         )
-    waiting = await count_waiting(client, cluster)
+    waiting = sum((await count_waiting(client, cluster, now)).values())
     oldest, verdicts, links = answer
     counts = dict(zip(verdicts[::2], verdicts[1::2], strict=True))
     cut = sum(counts.values()) == _MOST  # there were more: what is seen began at the oldest of them
@@ -116,16 +119,31 @@ async def take_pulse(client: Redis, cluster: str) -> Pulse:
         span_s=span / 1000,
         verdicts=counts,
         links={_pair(chosen): count for chosen, count in zip(links[::2], links[1::2], strict=True)},
+        asleep=await registry.asleep(),
     )
 
 
-async def count_waiting(client: Redis, cluster: str) -> int:
-    """Requests in the queue. Raises StoreUnavailableError when Redis does not answer."""
-    waiting = 0
+async def count_waiting(client: Redis, cluster: str, now_ms: int | None = None) -> dict[str, int]:
+    """Requests in the queue, by class (`Ask.queue_name`). Raises StoreUnavailableError when Redis does not answer."""
+    keys = Keys(cluster)
+    now = await StoreClock(client).now_ms() if now_ms is None else now_ms
     with store_errors("counting what waits"):
-        async for key in client.scan_iter(match=Keys(cluster).waiting_pattern, count=1000):
-            waiting += int(await client.zcard(key))
-    return waiting
+        found = [str(key) async for key in client.scan_iter(match=keys.turns_pattern, count=1000)]
+        classes = [key.removeprefix(keys.turns) for key in found]
+        counts: Any = classes and await Scripts(client, keys.base).run(
+            "waiting", now, *classes, preludes=("common", "queue")
+        )
+    return {name: count for name, count in zip(classes, map(int, counts), strict=True) if count}
+
+
+async def last_asked(client: Redis, cluster: str) -> dict[str, int]:
+    """Models whose pools may be at zero -> when one was last given a lease, in milliseconds since 1970.
+
+    Raises StoreUnavailableError when Redis does not answer.
+    """
+    with store_errors("reading who was asked"):
+        asked = await cast(Awaitable[dict[str, str]], client.hgetall(Keys(cluster).asked))
+    return {model: int(at) for model, at in asked.items()}
 
 
 def _pair(chosen: str) -> tuple[str, str]:

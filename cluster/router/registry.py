@@ -23,6 +23,8 @@ from joinwise.cluster.store.client import Scripts, StoreClock, store_errors
 from joinwise.cluster.store.keys import Keys
 
 ADAPTER_CAPABILITY = "lora:"
+#: A worker without it (one that speculates) samples plainly only; see docs/speculation.md.
+ALL_SAMPLING = "all_sampling"
 
 _LOAD = ("common", "load")
 _MEMBERS = (*_LOAD, "members")
@@ -118,6 +120,15 @@ class WorkerState:
     def pending_tokens(self) -> int:
         """Reserved tokens of both phases."""
         return self.pending_prefill + self.pending_decode
+
+
+@dataclass(frozen=True)
+class AsleepPool:
+    """A pool without a worker, that gets one with the next request for its model. `model`: its served name."""
+
+    name: str
+    model: str
+    role: str
 
 
 @dataclass(frozen=True)
@@ -276,6 +287,19 @@ class Registry:
         """What `set_troubles` has recorded last."""
         with store_errors("reading troubles"):
             return tuple(json.loads(await self._client.get(self._keys.troubles) or "[]"))
+
+    async def set_asleep(self, pools: Iterable[AsleepPool], ttl_s: int) -> None:
+        """Record which pools are at zero, and would be woken; forgotten after `ttl_s` seconds."""
+        with store_errors("recording pools at zero"):
+            if found := [astuple(each) for each in pools]:
+                await self._client.set(self._keys.asleep, json.dumps(found), ex=ttl_s)
+            else:
+                await self._client.delete(self._keys.asleep)
+
+    async def asleep(self) -> tuple[AsleepPool, ...]:
+        """What `set_asleep` has recorded last."""
+        with store_errors("reading pools at zero"):
+            return tuple(AsleepPool(*each) for each in json.loads(await self._client.get(self._keys.asleep) or "[]"))
 
     async def add_adapter(self, model: str, name: str, path: str, lora_id: int) -> None:
         """Record an adapter: from now on a worker registers only with it loaded."""

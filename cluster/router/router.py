@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -32,6 +32,7 @@ from joinwise.cluster.store.keys import Keys
 __all__ = ["Assignment", "Demand", "Held", "Router", "Running", "Terms", "WorkerRef", "samples_of"]
 
 _EXPIRE_BATCH = 256
+_WAKE_POLL_S = 0.2
 _AT_ONCE = 32  # decisions, or endings, in one call: Redis answers nobody else meanwhile
 _LEASE = ("common", "load", "lease")
 _ENDING = (*_LEASE, "tenants", "leases")
@@ -48,10 +49,17 @@ class Router:
         cluster: the cluster's name.
         settings: limits and times.
         clock: milliseconds since 1970, instead of Redis' own clock.
+        wakes: models whose pools may be at zero -> seconds that a request waits there for a worker.
     """
 
     def __init__(
-        self, client: Redis, cluster: str, settings: RouterConfig, clock: Callable[[], int] | None = None
+        self,
+        client: Redis,
+        cluster: str,
+        settings: RouterConfig,
+        clock: Callable[[], int] | None = None,
+        *,
+        wakes: Mapping[str, float] | None = None,
     ) -> None:
         self._client = client
         self._keys = Keys(cluster)
@@ -59,6 +67,7 @@ class Router:
         self._clock = StoreClock(client, clock)
         self._registry = Registry(client, cluster, settings, clock)
         self._settings = settings
+        self._wakes = wakes or {}
         self._rules = rules(settings)
         self._lease_ms = int(settings.lease_s * 1000)
         self._ttl_ms = int(settings.worker_ttl_s * 1000)
@@ -72,32 +81,34 @@ class Router:
         """Choose workers for a request and reserve its tokens on them.
 
         With `queue_timeout_s` a request waits here for room: its tenant's turn goes by weight, its own by priority
-        and age, whichever gateways the others are at.
+        and age, whichever gateways the others are at. One for a model whose pools are at zero waits so for a worker.
 
         Returns:
             The first sample's assignment; `samples_of` gives all of them.
 
         Raises:
-            NoWorkerError: no live worker serves the model with all that is needed.
+            NoWorkerError: no live worker serves the model with all that is needed, or none has come in time.
             OverloadedError: no worker has room; `retry_after_s` is estimated from pending work and the queue.
             RateLimitedError: the tenant is over its limits.
             ObjectiveError: no worker can keep the request's objectives.
         """
         now = await self._clock.now_ms()
         timeout = self._settings.queue_timeout_s
+        wake = 0.0 if demand.urgent else self._wakes.get(demand.model, 0.0)
         lease_id = secrets.token_hex(12)
         ask = Ask(
             demand,
             self._settings,
             lease_id,
-            entry=f"{self._name}/{now + int(timeout * 1000)}/{lease_id}",
+            entry=f"{self._name}/{now + int(max(timeout, wake) * 1000)}/{lease_id}",
             score=now + int(demand.terms.priority * self._settings.ageing_s * 1000),
             patient=timeout > 0 and not demand.urgent,
+            wakes=wake > 0,
         )
         try:
             verdict, *details = await self._ask(ask, queued=False)
             if verdict == "after":
-                verdict, *details = await self._wait(ask)
+                verdict, *details = await self._wait(ask, wake if details == ["none"] and wake else timeout)
         except BaseException as error:
             if isinstance(error, asyncio.CancelledError | StoreUnavailableError):
                 self._abandon(ask)  # the script may have run: the answer is lost, not the reservation
@@ -106,19 +117,19 @@ class Router:
             return _assignment(lease_id, details[0])
         raise refusal(demand, verdict, details, self._settings)
 
-    async def _wait(self, ask: Ask) -> list[Any]:
+    async def _wait(self, ask: Ask, seconds: float) -> list[Any]:
         """Ask again whenever it is this request's turn here, until it is served, refused or late."""
         try:
             async with (
-                asyncio.timeout(self._settings.queue_timeout_s),
+                asyncio.timeout(seconds),
                 self._lines.place((ask.demand.model, ask.queue_class, ask.tenant[0]), ask.score, ask.entry) as place,
             ):
                 await place.first.wait()
                 while (answer := await self._ask(ask, queued=True))[0] == "after":
-                    await self._lines.rest()
+                    await (self._lines.rest(_WAKE_POLL_S) if answer[1:] == ["none"] else self._lines.rest())
                 return answer
         except TimeoutError:
-            return await self._ask(replace(ask, patient=False), queued=False)
+            return await self._ask(replace(ask, patient=False, wakes=False), queued=False)
 
     async def _ask(self, ask: Ask, *, queued: bool) -> list[Any]:
         with store_errors("routing", ask.demand.request_id):
@@ -270,7 +281,7 @@ class Router:
             await self._scripts.run(
                 "abandon",
                 ask.lease_id,
-                f"{ask.demand.model}:{ask.queue_class}",
+                ask.queue_name,
                 ask.tenant[0],
                 ask.entry,
                 preludes=(*_ENDING, "queue"),

@@ -135,7 +135,7 @@ class Scaling(Disruption):
             self._leaving.remove(engine)
             self._take_away(engine, now)
         states = self._router.states(now)
-        for pool in self._scaler.look(states, 0, now):
+        for pool in self._scaler.look(states, {}, now):
             self._match(pool, self._scaler.workers[pool], now)
         self._looks += 1
         if self._looks % _NOTED == 0:

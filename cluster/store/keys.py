@@ -17,6 +17,7 @@ and a version: two releases with different layouts run side by side without read
 | leases                            | zset   | lease id -> milliseconds at which it expires |
 | wait:<tenant>:<class>             | zset   | requests that wait for room -> their place |
 | turns:<class>                     | zset   | tenant -> its virtual time, while requests of it wait |
+| asked                             | hash   | model whose pools may be at zero -> milliseconds of its last lease |
 | pollers                           | zset   | gateway -> milliseconds at which it last asked for one that waits |
 | tenant:<name>                     | hash   | token buckets, and how many requests run |
 | sessions, session_ends            | hash, zset | session -> its worker, and when that is forgotten |
@@ -29,6 +30,7 @@ and a version: two releases with different layouts run side by side without read
 | bound:<pool>                      | hash   | worker id -> milliseconds at which it last asked, and its draft actor |
 | token                             | string | what the cluster's processes show each other |
 | troubles                          | string | JSON list: what the controller cannot mend, for people |
+| asleep                            | string | JSON list: name, model and role of each pool at zero |
 """
 
 from __future__ import annotations
@@ -84,9 +86,24 @@ class Keys:
         return f"{self.base}snapshots"
 
     @property
-    def waiting_pattern(self) -> str:
-        """SCAN pattern of the requests that wait."""
-        return "".join(f"\\{char}" if char in "*?[]\\" else char for char in self.base) + "wait:*"
+    def turns(self) -> str:
+        """Before the name of a class of requests that wait."""
+        return f"{self.base}turns:"
+
+    @property
+    def turns_pattern(self) -> str:
+        """SCAN pattern of the classes of requests that wait."""
+        return "".join(f"\\{char}" if char in "*?[]\\" else char for char in self.turns) + "*"
+
+    @property
+    def asked(self) -> str:
+        """When models whose pools may be at zero were last given a lease."""
+        return f"{self.base}asked"
+
+    @property
+    def asleep(self) -> str:
+        """Pools at zero."""
+        return f"{self.base}asleep"
 
     def adapters(self, model: str) -> str:
         """LoRA adapters of a model."""

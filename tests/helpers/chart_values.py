@@ -17,6 +17,7 @@ API_KEYS = {"gateway": {"apiKeysSecret": {"name": "tokens", "key": "keys"}}}
 KEYS = {"gateway": {"keysSecret": {"name": "hashed", "key": "keys.yaml", "testKey": "probe"}}}
 SCALED = {"gateway": {"autoscaling": {"enabled": True, "minReplicas": 2, "maxReplicas": 5, "targetRequests": 8}}}
 POOL_SCALED = first_pool(autoscale={"least": 1, "most": 6})
+POOL_AT_ZERO = first_pool(replicas=0, autoscale={"least": 0, "most": 3})
 INGRESS = {
     "gateway": {
         "ingress": {
@@ -118,6 +119,7 @@ VARIANTS = {
     "settings": SETTINGS,
     "autoscaled gateways": SCALED,
     "autoscaled pool": POOL_SCALED,
+    "pool at zero": POOL_AT_ZERO,
     "Ingress": INGRESS,
     "Gateway API": ROUTE,
     "TLS": TLS,

@@ -20,14 +20,23 @@ def demand(prompt: int = 100, new: int = 10, **changes: object) -> Demand:
 
 
 class Bench:
-    """One gateway's view of one cluster; `changes` are router settings."""
+    """One gateway's view of one cluster; `changes` are router settings, and `wakes` of the router."""
 
-    def __init__(self, client: Redis, cluster: str, clock: Callable[[], int], make: Make, **changes: Any) -> None:
+    def __init__(
+        self,
+        client: Redis,
+        cluster: str,
+        clock: Callable[[], int],
+        make: Make,
+        *,
+        wakes: dict[str, float] | None = None,
+        **changes: Any,
+    ) -> None:
         base = {"max_pending_tokens": 1000, "lease_s": 10, "worker_ttl_s": 5, "split": "always"}
         self.settings = RouterConfig(**{**base, **changes})  # type: ignore[arg-type]
         self.client, self.cluster, self.clock, self._make = client, cluster, clock, make
         self.registry = Registry(client, cluster, self.settings, clock)
-        self.router = Router(client, cluster, self.settings, clock)
+        self.router = Router(client, cluster, self.settings, clock, wakes=wakes)
         self.epochs: dict[str, int] = {}
 
     async def join(self, worker_id: str, role: str = "mixed", **changes: object) -> int:

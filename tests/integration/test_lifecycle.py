@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
 import signal
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import httpx
 import pytest
-from helpers.cluster import MODEL, mixed_config
+from helpers.cluster import MODEL, RunningCluster, mixed_config
+from helpers.idle import assert_idle
 from helpers.processes import Home
+
+from joinwise.cluster.config_model import RouterConfig
+from joinwise.cluster.router.pulse import count_waiting
+from joinwise.cluster.router.registry import Registry
+from joinwise.cluster.store.client import connect
 
 pytestmark = [pytest.mark.cluster, pytest.mark.model]
 
@@ -60,6 +69,70 @@ def test_up_detached_serves_and_leaves_no_orphan_when_its_launcher_is_killed(hom
     home.wait_until_empty(5)
     assert not home.run_path("detached").exists()
     assert "does not run" in home.joinwise("down", "-f", file).stderr
+
+
+@pytest.mark.timeout(300)
+async def test_a_cluster_that_begins_with_nothing_wakes_for_a_request_and_goes_back_to_zero(home: Home) -> None:
+    """One of two models is asked for; the other never gets an engine."""
+    config = mixed_config("sleeper")
+    config["models"].append({**config["models"][0], "name": "other"})
+    bounds = {"least": 0, "most": 1, "down_s": 6}
+    (pool,) = config["pools"]
+    config["pools"] = [
+        {**pool, "name": name, "model": model, "replicas": 0, "autoscale": bounds}
+        for name, model in (("all", MODEL), ("rest", "other"))
+    ]
+    file = home.write_config(config)
+    up = home.joinwise("up", "-f", file, "--detach")
+    assert up.returncode == 0 and "starting no engine and the gateway" in up.stderr, up.stderr
+    facts = home.run_file("sleeper")
+    http, grpc = facts["addresses"]["http"], facts["addresses"]["grpc"]
+    log = home.path / "log" / "sleeper.log"
+    cluster = RunningCluster("sleeper", config, Path(file), http, grpc, facts["redis_url"], log, facts["pid"])
+    client = connect(facts["redis_url"])
+    registry = Registry(client, "sleeper", RouterConfig())
+
+    async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 60) -> None:
+        async with asyncio.timeout(seconds):
+            while not await condition():
+                await asyncio.sleep(0.1)
+
+    async def nobody_waits() -> bool:
+        return not await count_waiting(client, "sleeper")
+
+    async def asleep() -> bool:
+        return {each.name for each in await registry.asleep()} == {"all", "rest"} and not await registry.states()
+
+    async with client, httpx.AsyncClient(base_url=http, timeout=240) as door:
+        await until(asleep)
+        assert (await door.get("/health")).status_code == 200
+        assert [each["id"] for each in (await door.get("/v1/models")).json()["data"]] == [MODEL, "other"]
+        status = json.loads(home.joinwise("status", "--json").stdout)
+        assert (status["workers"], status["troubles"]) == ([], []) and set(status["asleep"]) == {"all", "rest"}
+        doctor = json.loads(home.joinwise("doctor", "--running", "--json").stdout)
+        assert doctor["healthy"] and {each["level"] for each in doctor["findings"]} == {"ok"}, doctor
+
+        body = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+        for stream in (False, True):  # clients that leave are out of the queue
+            with pytest.raises(httpx.ReadTimeout):
+                await door.post("/v1/completions", json={**body, "stream": stream}, timeout=0.5)
+            await until(nobody_waits)
+        whole, streamed = await asyncio.gather(
+            door.post("/v1/completions", json=body), door.post("/v1/completions", json={**body, "stream": True})
+        )
+        assert whole.status_code == streamed.status_code == 200, whole.text + streamed.text
+        text = whole.json()["choices"][0]["text"]
+        chunks = [line.removeprefix("data: ") for line in streamed.text.splitlines() if line.startswith("data: {")]
+        assert text and "".join(each["text"] for chunk in chunks for each in json.loads(chunk)["choices"]) == text
+        assert [worker.info.pool for worker in await registry.states()] == ["all"]
+        await assert_idle(cluster)
+        await until(asleep)
+        await assert_idle(cluster)
+    said = home.log("sleeper")
+    assert f"pool all: 0 -> 1 workers, for those who ask for {MODEL}" in said
+    assert "pool all: 1 -> 0 workers" in said and "pool rest" not in said and "Traceback" not in said
+    assert home.joinwise("down", "-f", file).returncode == 0
+    home.wait_until_empty(5)
 
 
 def test_an_interrupt_stops_a_start_at_once(home: Home) -> None:

@@ -12,8 +12,16 @@ from helpers.router_rig import Bench, Make, chosen, demand
 from redis.asyncio import Redis
 
 from joinwise.cluster.config_model import TenantConfig
-from joinwise.cluster.errors import InvalidRequestError, ObjectiveError, OverloadedError, RateLimitedError
-from joinwise.cluster.router.decision import Held
+from joinwise.cluster.errors import (
+    InvalidRequestError,
+    NoWorkerError,
+    ObjectiveError,
+    OverloadedError,
+    RateLimitedError,
+)
+from joinwise.cluster.router.ask import demand_of
+from joinwise.cluster.router.decision import Demand, Held
+from joinwise.cluster.router.pulse import count_waiting, last_asked
 from joinwise.cluster.router.router import Assignment
 from joinwise.cluster.router.terms import Terms
 
@@ -224,6 +232,112 @@ async def test_race_of_four_gateways_for_one_worker_serves_everyone_once(bench: 
     assert most == 1
     assert await waiting(bench) == 0
     await bench.assert_zero()
+
+
+# --- pools at zero ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asleep(redis_client: Redis, cluster_name: str, clock: Callable[[], int], make_worker: Make) -> Bench:
+    """No worker, and a request waits for one, though none waits for room."""
+    return Bench(redis_client, cluster_name, clock, make_worker, wakes={"m": 30.0})
+
+
+async def counted(bench: Bench) -> dict[str, int]:
+    return await count_waiting(bench.client, bench.cluster, bench.clock())
+
+
+async def wait_in(bench: Bench, *demands: Demand) -> list[asyncio.Task[Assignment]]:
+    """Requests that stand in the queue, one after the other."""
+    tasks = []
+    for each in demands:
+        bench.clock.pass_(0.001)  # type: ignore[attr-defined]
+        before = sum((await counted(bench)).values())
+        tasks.append(asyncio.create_task(bench.router.route(each)))
+
+        async def queued(before: int = before) -> bool:
+            return sum((await counted(bench)).values()) > before
+
+        await until(queued)
+    return tasks
+
+
+async def test_requests_wait_for_the_first_worker_of_their_model(asleep: Bench) -> None:
+    seed = demand(needs=frozenset({"all_sampling", "lora:x"}))
+    tasks = await wait_in(asleep, demand(), demand(), seed)
+    found = await counted(asleep)
+    assert {demand_of(name, ["m", "m:all"]): count for name, count in found.items()} == {
+        ("m", frozenset()): 2,
+        ("m", frozenset({"all_sampling", "lora:x"})): 1,
+    }
+    with pytest.raises(NoWorkerError):
+        await asleep.router.route(demand(model="other"))
+    assert await last_asked(asleep.client, asleep.cluster) == {}
+    await asleep.join("m", capabilities=frozenset({"all_sampling"}), adapters=frozenset({"x"}))
+    for lease in await asyncio.wait_for(asyncio.gather(*tasks), 5):
+        assert chosen(lease) == (None, "m")
+        await asleep.router.settle(lease)
+    assert await last_asked(asleep.client, asleep.cluster) == {"m": asleep.clock()}
+    assert await counted(asleep) == {}
+    await asleep.assert_zero()
+
+
+async def test_one_who_waited_for_a_worker_goes_on_waiting_for_room_and_a_newcomer_does_not(asleep: Bench) -> None:
+    first, second = await wait_in(asleep, demand(450, 100), demand(450, 100))
+    await asleep.join("m")
+    lease = await asyncio.wait_for(first, 5)
+    with pytest.raises(OverloadedError, match="1 requests wait"):
+        await asleep.router.route(demand(450, 100))
+    assert not second.done()
+    await asleep.router.settle(lease)
+    await asleep.router.settle(await asyncio.wait_for(second, 5))
+    await asleep.assert_zero()
+
+
+async def test_with_a_queue_everyone_there_waits_for_the_worker_as_long(asleep: Bench) -> None:
+    """Those too whose turn it is not, and who could wait for room a moment only."""
+    both = asleep.with_(queue_timeout_s=0.05, wakes={"m": 30.0})
+    tasks = await wait_in(both, demand(), demand(), demand())
+    await asyncio.sleep(0.1)
+    assert not any(task.done() for task in tasks)
+    await both.join("m")
+    for lease in await asyncio.wait_for(asyncio.gather(*tasks), 5):
+        await both.router.settle(lease)
+
+
+async def test_a_worker_that_does_not_come_in_time_is_a_503_and_so_is_a_full_queue(asleep: Bench) -> None:
+    with pytest.raises(NoWorkerError, match="no live worker") as late:
+        await asleep.with_(wakes={"m": 0.1}).router.route(demand())
+    assert (late.value.http_status, late.value.retry_after_s) == (503, 5.0)
+    assert await counted(asleep) == {}
+    narrow = asleep.with_(max_queue=1, wakes={"m": 30.0})
+    (task,) = await wait_in(narrow, demand())
+    with pytest.raises(NoWorkerError) as full:
+        await narrow.router.route(demand())
+    assert full.value.retry_after_s == 5.0
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+    async def empty() -> bool:
+        return await counted(narrow) == {}
+
+    await until(empty)  # whoever leaves wakes nobody any more
+    await asleep.assert_zero()
+
+
+async def test_who_was_admitted_before_does_not_wait_for_a_worker(asleep: Bench) -> None:
+    with pytest.raises(NoWorkerError):
+        await asleep.router.route(demand(urgent=True))
+
+
+async def test_those_of_a_gateway_that_died_are_not_counted(asleep: Bench, clock: Any) -> None:
+    (task,) = await wait_in(asleep, demand())
+    asleep.router._abandon = lambda ask: None  # type: ignore[method-assign]
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert sum((await counted(asleep)).values()) == 1
+    clock.pass_(4)
+    assert await counted(asleep) == {}
 
 
 # --- tenants ----------------------------------------------------------------------------------------------------------

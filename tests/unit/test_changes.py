@@ -42,6 +42,8 @@ def touched(change: Callable[[dict[str, Any]], None]) -> set[str]:
     [
         (lambda raw: None, set()),
         (lambda raw: raw["pools"][1].update(replicas=3), set()),  # another slot; those there are stay
+        (lambda raw: raw["pools"][1].update(autoscale={"least": 1, "most": 3}), set()),
+        (lambda raw: raw["pools"][1].update(autoscale={"least": 0, "most": 3}), {"gateway"}),  # its requests may wait
         (lambda raw: raw["pools"][0]["engine"].update(max_num_seqs=4), {"prefill"}),
         (lambda raw: raw["pools"][1].update(engine={"max_num_seqs": 4}), {"decode", "gateway"}),
         (lambda raw: raw["pools"][0].update(role="mixed"), {"prefill", "gateway"}),

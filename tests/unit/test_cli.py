@@ -14,11 +14,14 @@ from types import SimpleNamespace
 import grpc
 import pytest
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
 from joinwise.cluster.cli import doctor, shell
 from joinwise.cluster.cli.ledger import quantity, render_ledger
 from joinwise.cluster.cli.main import app
+from joinwise.cluster.cli.status_command import render_status
+from joinwise.cluster.client import ClusterStatus
 from joinwise.proto import inference_pb2 as pb
 from joinwise.proto import inference_pb2_grpc
 
@@ -193,6 +196,17 @@ def test_status(run, gateway):
     assert data["kv_links"][0]["refused"] == {"checksum": 2}
     assert data["models"][0]["name"] == "smol"
     assert data["troubles"] == ["decode-0 crashes"]
+
+
+def test_a_status_calls_no_pool_at_zero_a_fault():
+    def shown(**changes):
+        console = Console(width=100, record=True, file=io.StringIO())
+        console.print(render_status(ClusterStatus("c", **changes), ()))
+        return console.export_text()
+
+    assert "no live worker" in shown()
+    zero = shown(asleep=("prefill", "decode"))
+    assert "at zero until a request comes: prefill, decode" in zero and "no live worker" not in zero
 
 
 def test_chat_once(run, gateway):

@@ -14,7 +14,7 @@ from joinwise.cluster.client.types import ClusterStatus, KvLinkStatus
 from joinwise.cluster.config_model import RouterConfig
 from joinwise.cluster.errors import StoreUnavailableError
 from joinwise.cluster.router.pulse import Pulse
-from joinwise.cluster.router.registry import Registry, WorkerInfo, WorkerLoad, WorkerState
+from joinwise.cluster.router.registry import AsleepPool, Registry, WorkerInfo, WorkerLoad, WorkerState
 from joinwise.cluster.router.router import Demand, Router
 from joinwise.cluster.store.client import connect
 from joinwise.cluster.store.embedded import EmbeddedRedis
@@ -88,6 +88,19 @@ def test_what_is_wrong_is_named_with_a_remedy(make: Callable[[], Seen], check: s
 def test_a_queue_that_moves_and_a_mixed_pool_are_well() -> None:
     moving = replace(PULSE, waiting=4, verdicts={"split": 5}, workers=(worker("m", "mixed"),))
     assert healthy(examine(replace(WELL, pulse=moving)))
+
+
+def test_pools_at_zero_are_no_fault() -> None:
+    both = (AsleepPool("p", "m", "prefill"), AsleepPool("d", "m", "decode"))
+    zero = replace(WELL, pulse=replace(PULSE, workers=(), asleep=both))
+    assert {each.level for each in examine(zero)} == {"ok"}
+    assert "0 live, p at zero, d at zero" in [each.detail for each in examine(zero)]
+    alone = replace(WELL, pulse=replace(PULSE, workers=PAIR[1:], asleep=both[:1]))
+    assert {each.level for each in examine(alone)} == {"ok"}
+    (wakes,) = [each for each in examine(replace(zero, pulse=replace(zero.pulse, waiting=2))) if each.level != "ok"]
+    assert (wakes.check, wakes.level, wakes.detail) == ("queue", "warning", "2 wait for a worker of p, d")
+    half = replace(WELL, pulse=replace(PULSE, workers=PAIR[:1], asleep=(AsleepPool("d", "other", "decode"),)))
+    assert not healthy(examine(half))
 
 
 async def test_a_look_at_a_real_redis_finds_a_lease_that_nobody_takes_back() -> None:

@@ -13,14 +13,17 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from helpers.router_rig import Make
+from helpers.workers import worker
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram, generate_latest
 from redis.asyncio import Redis
 from vllm.lora.request import LoRARequest
 from vllm.parser.metrics import record_tool_parser_invocation
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 
+from joinwise.actors.gateway import served as served_module
 from joinwise.actors.gateway.adapters import Adapters, adapter_routes
 from joinwise.actors.gateway.front import error_body
+from joinwise.actors.gateway.gateway import Gateway
 from joinwise.actors.gateway.links import Links
 from joinwise.actors.gateway.served import ServedModel, front_end_args, membership
 from joinwise.actors.gateway.utilities import Utilities
@@ -179,6 +182,26 @@ def test_a_model_knows_its_own_workers() -> None:
     assert (llm.holders, llm.strangers) == (frozenset(), frozenset())
     served.observe(workers, alone=True)
     assert (llm.holders, llm.strangers) == (None, {"liar"})
+
+
+def test_a_gateway_that_will_wake_a_pool_is_ready() -> None:
+    parts = {"_draining": False, "_http": SimpleNamespace(started=True), "_served": {"m": frozenset()}}
+    for wakes, said in (({"m": 60.0}, ""), ({}, "no worker for every role is registered, only: none")):
+        gateway: Any = SimpleNamespace(**parts, _config=SimpleNamespace(wakes=wakes), _sick=lambda: "")
+        assert Gateway._unready(gateway) == said
+
+
+def test_blocks_are_named_as_by_the_first_worker_where_there_was_none_at_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(served_module, "BlockNames", lambda config, size: (config, size))
+    llm = SimpleNamespace(holders=None, strangers=frozenset(), blocks=None, vllm_config="c")
+    nothing: Any = None
+    served = ServedModel("a", "1", nothing, cast(Any, llm), nothing, nothing, nothing, prefix_events=True)
+    assert served.observe([], alone=True) == frozenset() and llm.blocks is None
+    for size in (16, 32):
+        served.observe([worker("w", model="a", model_digest="1", block_size=size)], alone=True)
+        assert llm.blocks == ("c", 16)
 
 
 async def test_a_worker_with_other_files_is_linked_to_by_nobody(

@@ -22,6 +22,7 @@ from helpers.chart_values import (
     NO_ACCOUNT,
     PERSISTENT,
     PLACED,
+    POOL_AT_ZERO,
     POOL_SCALED,
     REDIS_TLS,
     ROUTE,
@@ -287,6 +288,14 @@ def test_pool_autoscaling_on(tmp_path: Path) -> None:
     assert rendered.templates["head"]["spec"]["automountServiceAccountToken"] is True
     bounds = rendered.config(tmp_path).pools[0].autoscale
     assert bounds is not None and (bounds.least, bounds.most) == (1, 6)
+
+
+def test_a_pool_at_zero_has_no_pod(tmp_path: Path) -> None:
+    rendered = Rendered(POOL_AT_ZERO)
+    group = rendered.groups["prefill"]
+    assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (0, 0, 3)
+    config = rendered.config(tmp_path)
+    assert config.wakes == {config.models[0].public_name: 300}
 
 
 def test_pool_autoscaling_off(tmp_path: Path) -> None:

@@ -241,7 +241,9 @@ async def test_status_names_the_pair_and_leaves_out_who_is_silent(make_worker) -
 
 async def test_all_of_it_reaches_the_client() -> None:
     link = KvLinkStatus("p-0", "d-0", "tcp", "auto", "int8", "int8: slow wire", 1.5e8, 70, 4, 1, 2, {"size": 3})
-    snapshot = ClusterStatus("c", (WorkerStatus("d-0", "decode", "decode", "m", 1),), 2, (link,))
+    snapshot = ClusterStatus(
+        "c", (WorkerStatus("d-0", "decode", "decode", "m", 1),), 2, (link,), ("it dies",), ("spare",)
+    )
 
     async def now() -> ClusterStatus:
         return snapshot

@@ -9,11 +9,19 @@ from typing import Any
 
 import pytest
 import yaml
+from helpers.router_rig import demand
+from helpers.workers import worker
+from redis.asyncio import Redis
 
 from joinwise.actors import launch, runfile
+from joinwise.actors.adoption import Adopted
 from joinwise.actors.controller import Controller
+from joinwise.actors.host import Account, Label
 from joinwise.cluster.config_model import JoinwiseConfig
 from joinwise.cluster.errors import ConfigError, InternalError
+from joinwise.cluster.router.registry import Registry
+from joinwise.cluster.router.router import Router
+from joinwise.cluster.store.embedded import EmbeddedRedis
 
 
 class FakeActor:
@@ -147,6 +155,71 @@ async def test_a_wish_is_answered(site: Site, monkeypatch: pytest.MonkeyPatch, t
             await changes.end()
             asyncio.get_running_loop().remove_signal_handler(runfile.CHANGE)
     assert "changed" in site.said
+
+
+async def test_a_pool_wakes_for_a_request_and_ends_again(
+    site: Site, monkeypatch: pytest.MonkeyPatch, redis_server: EmbeddedRedis, redis_client: Redis, cluster_name: str
+) -> None:
+    """From a start with no engine at all. The other model is not asked for, and stays at zero."""
+    monkeypatch.setattr(launch, "_HEALTH_EVERY_S", 0.02)
+    bounds = {"least": 0, "most": 1, "down_s": 0.3, "wake_s": 30}
+    zero = config(
+        cluster=cluster_name,
+        models=[{"name": name, "served_name": f"org/{name}", "model": "smollm2-135m-instruct"} for name in ("m", "n")],
+        pools=[
+            {"name": f"{name}-{role}", "model": name, "role": role, "replicas": 0, "autoscale": bounds}
+            for name in ("m", "n")
+            for role in ("prefill", "decode")
+        ],
+    )
+    cluster, registry = launch.Cluster(zero, site.said.append), Registry(redis_client, cluster_name, zero.router)
+    cluster._ray, cluster.redis_url = SimpleNamespace(local=True, through_client=False, alive=True), redis_server.url  # type: ignore[assignment]
+    cluster._controller = Controller(cluster._posts(zero), site.said.append, 5)
+    site.log.clear()
+    await cluster._fill()
+    assert site.log == ["+gateway-0-1"] and site.said[-2] == "starting no engine and the gateway"
+    over = asyncio.Event()
+    supervising = asyncio.create_task(cluster.supervise(over))
+
+    async def until(lines: set[str]) -> None:
+        async with asyncio.timeout(10):
+            while set(site.log) != {"+gateway-0-1"} | lines:
+                await asyncio.sleep(0.01)
+
+    router = Router(redis_client, cluster_name, zero.router, wakes=zero.wakes)
+    answer = asyncio.create_task(router.route(demand(model="org/m")))
+    await until({"+m-prefill-0-1", "+m-decode-0-1"})
+    assert {each.name for each in await registry.asleep()} == {f"{n}-{r}" for n in "mn" for r in ("prefill", "decode")}
+    epochs = [
+        await registry.register(worker(f"m-{role}-0-1", role, model="org/m", pool=f"m-{role}"))
+        for role in ("prefill", "decode")
+    ]
+    lease = await asyncio.wait_for(answer, 5)
+    await asyncio.sleep(0.8)  # longer than `down_s`: what is pending keeps both
+    assert not [line for line in site.log if line.startswith("-")]
+    assert {each.name for each in await registry.asleep()} == {"n-prefill", "n-decode"}
+    await router.settle(lease)
+    await until({"+m-prefill-0-1", "+m-decode-0-1", "-m-prefill-0-1", "-m-decode-0-1"})
+    for role, epoch in zip(("prefill", "decode"), epochs, strict=True):
+        await registry.deregister(f"m-{role}-0-1", epoch)
+    assert "pool m-decode: 0 -> 1 workers, for those who ask for org/m" in site.said
+    over.set()
+    await supervising
+    assert cluster._store is not None
+    await cluster._store.aclose()
+
+
+def test_the_next_launcher_finds_pools_at_zero_as_they_were() -> None:
+    bounds = [{"autoscale": {"least": least, "most": 4}, "replicas": 2} for least in (0, 0, 1)]
+    raw = [{"name": f"p-{n}", "model": "m", "role": "mixed", **each} for n, each in enumerate(bounds)]
+    made = config(pools=raw).pools
+    there = [
+        Adopted(SimpleNamespace(), Account(Label(slot, 1, "", "", 1, (), ""), "", {}, None))  # type: ignore[arg-type]
+        for slot in ("gateway", "p-1-0", "p-1-1", "p-1-2")
+    ]
+    assert launch._workers_of(there, made) == {"p-0": 0, "p-1": 3}
+    assert launch._workers_of(there[:1], made) == {"p-0": 0, "p-1": 0}
+    assert launch._workers_of([], made) == {}, "a cluster that begins has its replicas"
 
 
 async def test_a_node_of_its_own_that_has_died_ends_the_launcher(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ class Answers:
         return cast(tuple[WorkerInfo, ...], answer)
 
 
-async def first(*answers: Any, patience_s: float = 30.0) -> WorkerInfo:
+async def first(*answers: Any, patience_s: float = 30.0) -> WorkerInfo | None:
     return await _first_worker(cast(Registry, Answers(*answers)), "m", patience_s)
 
 
@@ -35,6 +35,12 @@ AWAY = StoreUnavailableError("Redis does not answer")
 async def test_a_redis_that_answers_late_ends_nothing() -> None:
     other, mine = worker("a", model="other"), worker("b", model="m")
     assert await first(AWAY, (), AWAY, (other,), (other, mine)) == mine
+
+
+async def test_a_model_at_zero_is_served_without_a_worker_once_redis_has_said_so() -> None:
+    mine = worker("b", model="m")
+    for answers, found in (((AWAY, ()), None), (((mine,),), mine)):
+        assert await _first_worker(cast(Registry, Answers(*answers)), "m", 30.0, needed=False) == found
 
 
 async def test_what_was_missing_in_the_end_is_said() -> None:

@@ -20,6 +20,7 @@ from vllm.v1.outputs import LogprobsLists, SamplingMaskLists
 from joinwise.actors.vllm import split
 from joinwise.actors.vllm.handoff import Handoff, replay_of
 from joinwise.cluster.errors import InvalidRequestError
+from joinwise.cluster.router.registry import ALL_SAMPLING
 
 QUEUED, SCHEDULED, PREEMPTED = (
     EngineCoreEventType.QUEUED,
@@ -266,8 +267,8 @@ def test_times_move_to_the_gateways_clock() -> None:
     ],
 )
 def test_what_speculation_cannot_do_needs_a_worker_without(params: dict[str, object], plain: bool) -> None:
-    assert split.needs_of(SamplingParams(**params)) == (frozenset() if plain else {split.ALL_SAMPLING})  # type: ignore[arg-type]
+    assert split.needs_of(SamplingParams(**params)) == (frozenset() if plain else {ALL_SAMPLING})  # type: ignore[arg-type]
 
 
 def test_prompt_embeddings_cannot_be_continued_by_tokens() -> None:
-    assert split.needs_of(SamplingParams(), has_embeds=True) == {split.ALL_SAMPLING}
+    assert split.needs_of(SamplingParams(), has_embeds=True) == {ALL_SAMPLING}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 
 import pytest
@@ -15,7 +16,7 @@ from joinwise.cluster.cli.main import app
 from joinwise.cluster.cli.top_command import render_pulse
 from joinwise.cluster.errors import OverloadedError
 from joinwise.cluster.router.pulse import take_pulse
-from joinwise.cluster.router.registry import WorkerLoad
+from joinwise.cluster.router.registry import AsleepPool, WorkerLoad
 from joinwise.cluster.router.router import Router
 from joinwise.cluster.store.client import StoreClock
 from joinwise.cluster.store.embedded import EmbeddedRedis
@@ -68,6 +69,14 @@ async def test_requests_that_wait_are_counted(bench: Bench) -> None:
     assert (pulse.waiting, pulse.leases) == (1, 1)
     await patient.router.settle(first)
     await patient.router.settle(await waits)
+
+
+async def test_pools_at_zero_are_shown(bench: Bench) -> None:
+    await bench.registry.set_asleep([AsleepPool("spare", "m", "decode")], 60)
+    text = "\n".join(frame(await take_pulse(bench.client, bench.cluster)))
+    assert re.search(r"spare +m +at zero", text)
+    await bench.registry.set_asleep([], 60)
+    assert (await take_pulse(bench.client, bench.cluster)).asleep == ()
 
 
 async def test_a_frame_fits_its_terminal(bench: Bench) -> None:

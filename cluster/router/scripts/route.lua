@@ -4,8 +4,9 @@
 --   of each request: lease id, request id, model, prompt tokens, new tokens of one sample, samples, what else it asks for
 --   (JSON, or empty), its name in the queue.
 -- Else: needs, class (the same as text), excluded, spared (how many), held, whole, session, urgent (it was admitted
--- before), slo_ttft, slo_tpot, tenant, and of its place in the queue: patient (it may wait), queued, score.
--- Returns an answer for each: a verdict, and what belongs to it.
+-- before), slo_ttft, slo_tpot, tenant, and of its place in the queue: patient (it may wait for room), wakes (it may wait
+-- for a worker, where pools may be at zero), queued, score.
+-- Returns an answer for each: a verdict, and what belongs to it; with 'after', 'none' where no worker is there.
 local FIRST, EACH = 5, 8
 local now, lease_ms, oldest = tonumber(ARGV[1]), tonumber(ARGV[2]), oldest_beat(tonumber(ARGV[1]), tonumber(ARGV[3]))
 local auto, moves, limit, max_queue, spill_ms, gap_weight, handoff_ms, handoff_us, slack_ms, session_ms, kept =
@@ -16,6 +17,7 @@ local demand = { auto = auto == 1, moves = moves == 1, limit = limit, spill_ms =
   samples = 0, needs = NOTHING, excluded = NOTHING, spared = 0, held = NOTHING, whole = false, session = nil,
   slo_ttft = 0, slo_tpot = 0 } -- of one request after another
 local epoch -- the last that was given to a lease
+local asked = {} -- models whose pools may be at zero, and that were given a lease
 
 local function address(w) return w.id .. '\n' .. w.epoch .. '\n' .. w.engine .. '\n' .. w.kv end
 
@@ -40,17 +42,19 @@ local function route(lease_id, request, model, prompt, new, samples, ask, entry)
   if ask.queued or (turn and turn ~= entry and ask.patient and waiting(class) < max_queue) then
     enqueue(class, tenant.name, entry, ask.score, now)
     turn = head(class, now)
-    if turn ~= entry then return { 'after' } end
+    if turn ~= entry then return { 'after', next(fitting(class, demand).profiles) and 'full' or 'none' } end
   end
   local pools = short_list(demand, fitting(class, demand))
   local p, d, reason, cost_ms
   if not turn or turn == entry then p, d, reason, cost_ms = plan(pools, demand) end
   if not d then
-    if #pools.prefill + #pools.decode + #pools.mixed == 0 then return refuse('none', '', 0, nil) end
-    if ask.patient and (ask.queued or waiting(class) < max_queue) then
+    local nobody = #pools.prefill + #pools.decode + #pools.mixed == 0
+    local willing = ask.wakes and (nobody or ask.queued) or not nobody and ask.patient
+    if willing and (ask.queued or waiting(class) < max_queue) then
       enqueue(class, tenant.name, entry, ask.score, now)
-      return { 'after' }
+      return { 'after', nobody and 'none' or 'full' }
     end
+    if nobody then return refuse('none', '', 0, nil) end
     local phase, w, ms = shortage(pools, demand)
     ms = ms * (1 + waiting(class))
     return refuse('full', w.id, ms, pools, w.id, pending_on(w), phase, math.ceil(ms), waiting(class))
@@ -66,6 +70,7 @@ local function route(lease_id, request, model, prompt, new, samples, ask, entry)
   add_work(d, d.pull and 'mixed' or d.role, p and 0 or d.fresh, tokens, demand.new, samples)
   enter_tenant(tenant, now, tokens, false)
   if turn then dequeue(class, tenant.name, entry, tokens, tenant.weight) end
+  if ask.wakes then asked[model] = now end
   if ask.session then remember(ask.session, d.id, now + session_ms) end
 
   epoch = epoch and epoch + 1 or next_epochs(ARGV[1], to_come + 1)
@@ -88,6 +93,7 @@ for n = 1, #keys do
     or route(ARGV[i], ARGV[i + 1], ARGV[i + 2], tonumber(ARGV[i + 3]), tonumber(ARGV[i + 4]), tonumber(ARGV[i + 5]),
       ARGV[i + 6] == '' and NOTHING or cjson.decode(ARGV[i + 6]), ARGV[i + 7])
 end
+for model, at in pairs(asked) do redis.call('HSET', base .. 'asked', model, at) end
 write_leases()
 write_workers()
 return answers

@@ -48,7 +48,7 @@
 {{- if not (hasKey $models .model) -}}
 {{- fail (printf "pools: '%s' names the model '%s', which config.models lacks" .name .model) -}}
 {{- end -}}
-{{- if gt (hasKey . "replicas" | ternary .replicas 1 | int) 0 -}}
+{{- if or .autoscale (gt (hasKey . "replicas" | ternary .replicas 1 | int) 0) -}}
 {{- $_ := set $models .model (append (get $models .model) .role) -}}
 {{- end -}}
 {{- end -}}

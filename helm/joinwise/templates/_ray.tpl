@@ -167,7 +167,7 @@ arguments. */}}
 {{- define "joinwise.group" -}}
 - groupName: {{ .group }}
   replicas: {{ .replicas }}
-  minReplicas: {{ .least | default .replicas }}
+  minReplicas: {{ hasKey . "least" | ternary .least .replicas }}
   maxReplicas: {{ .most | default .replicas }}
   {{- if gt (int (.hosts | default 1)) 1 }}
   numOfHosts: {{ .hosts }}
