@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import httpx
@@ -29,7 +30,12 @@ from joinwise.cluster.store.keys import Keys
 from joinwise.proto import engine_pb2, engine_pb2_grpc
 
 MODEL = "smollm2-135m-instruct"
-_ENGINE = {"enforce_eager": True, "kv_cache_memory_bytes": 200_000_000, "block_size": 32, "max_num_seqs": 8}
+_ENGINE: dict[str, Any] = {
+    "enforce_eager": True,
+    "kv_cache_memory_bytes": 200_000_000,
+    "block_size": 32,
+    "max_num_seqs": 8,
+}
 _MAX_MODEL_LEN = 2048
 _VERIFY, _DRAFT = "verify", "draft"
 #: Engine arguments of the undisturbed engine, whose answers are the right ones.
@@ -52,13 +58,13 @@ def cluster_config(
     Args:
         name: of the cluster.
         redis_url: of its Redis.
-        ray_address: host:port of the Ray that it joins, each of whose nodes stands for a machine: KV goes over TCP, and
-            is decoded on its way through a landing buffer.
+        ray_address: host:port of the Ray that it joins, each of whose nodes stands for a machine: KV goes over TCP.
         prefill, decode: engines.
         draft: one more engine decodes, and verifies what a draft actor proposes.
     """
-    # Prompts in chunks, and never from a cache: prefill takes long enough to be hit.
-    slow = {"max_num_batched_tokens": 128, "enable_prefix_caching": False}
+    # Prompts in chunks, and never from a cache: prefill takes long enough to be hit. Of blocks that differ KV lands in
+    # a buffer first.
+    slow = {"max_num_batched_tokens": 128, "enable_prefix_caching": False, "block_size": _ENGINE["block_size"] // 2}
     pools = [
         {"name": "prefill", "model": MODEL, "role": "prefill", "replicas": prefill, "engine": {**_ENGINE, **slow}},
         {"name": "decode", "model": MODEL, "role": "decode", "replicas": decode, "engine": dict(_ENGINE)},
@@ -74,7 +80,7 @@ def cluster_config(
             "pools": pools,
             "redis": {"url": redis_url},
             "ray": {"address": ray_address},
-            "kv": {"transport": "tcp", "codec": "lossless", "transfer_timeout_s": 5, "landing_bytes": _LANDING_BYTES},
+            "kv": {"transport": "tcp", "transfer_timeout_s": 5, "landing_bytes": _LANDING_BYTES},
             "router": {"split": "always", "moves": False, "worker_ttl_s": 3, "lease_s": 10},
             "gateway": {"http_port": free_port(), "grpc_port": free_port(), "drain_s": 20},
         }
