@@ -64,7 +64,7 @@ def cluster_config(
     """
     # Prompts in chunks, and never from a cache: prefill takes long enough to be hit. Of blocks that differ KV lands in
     # a buffer first.
-    slow = {"max_num_batched_tokens": 128, "enable_prefix_caching": False, "block_size": _ENGINE["block_size"] // 2}
+    slow = {"max_num_batched_tokens": 128, "enable_prefix_caching": False, "block_size": 2 * _ENGINE["block_size"]}
     pools = [
         {"name": "prefill", "model": MODEL, "role": "prefill", "replicas": prefill, "engine": {**_ENGINE, **slow}},
         {"name": "decode", "model": MODEL, "role": "decode", "replicas": decode, "engine": dict(_ENGINE)},

@@ -81,7 +81,9 @@ class KvMetrics(Collector):
         yield GaugeMetricFamily("joinwise:kv_streams", "Open KV streams, both directions", now.streams)
         yield GaugeMetricFamily("joinwise:kv_landing_bytes", "KV received and not yet in its blocks", now.landing_bytes)
         yield GaugeMetricFamily("joinwise:kv_landing_limit_bytes", "What kv.landing_bytes allows", now.landing_limit)
-        yield CounterMetricFamily("joinwise:kv_landing_waits", "Frames that found the landing buffer full", now.landing_waits)
+        yield CounterMetricFamily(
+            "joinwise:kv_landing_waits", "Frames that found the landing buffer full", now.landing_waits
+        )
 
     @staticmethod
     def _refused(now: KvFigures) -> Metric:
