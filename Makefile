@@ -41,7 +41,7 @@ fuzz-kv: env ## KV transfers that meet random faults, with engines and without: 
 SEEDS ?= 10
 chaos: env ## break a cluster under load by the schedules of ten seeds: make chaos SEEDS=10
 	@mkdir -p out
-	HF_HUB_OFFLINE=1 .venv/bin/joinwise chaos --requests 200 --seeds $(SEEDS) --json out/chaos.json $(ARGS)
+	HF_HUB_OFFLINE=1 .venv/bin/joinwise chaos --draft --requests 200 --seeds $(SEEDS) --json out/chaos.json $(ARGS)
 
 REQUESTS ?= 1000
 soak: env ## steady load on a cluster, and nothing may grow: make soak REQUESTS=2000

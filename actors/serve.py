@@ -22,8 +22,8 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from joinwise.actors import cpu
+from joinwise.actors.deployment import Cluster
 from joinwise.actors.hosts import reachable
-from joinwise.actors.launch import Cluster
 from joinwise.actors.scaling import RUNNING
 from joinwise.cluster.config import JoinwiseConfig, load_config
 from joinwise.cluster.errors import InternalError, StoreUnavailableError

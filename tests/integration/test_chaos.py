@@ -18,8 +18,10 @@ pytestmark = [pytest.mark.cluster, pytest.mark.model, pytest.mark.timeout(600)]
 def test_a_short_schedule(baseline: PlainServer, tmp_path: Path) -> None:
     asked = questions(12)
     expected = asyncio.run(right_answers(baseline.http, MODEL, asked))
-    settings = Settings(requests=20, kinds=("kill-decode", "lose-redis"))
+    settings = Settings(requests=20, kinds=("lose-redis", "kill-raylet", "kill-launcher"))
     figures, rows = break_one(settings, asked, expected, tmp_path, print)
     assert {name: figures[name] for name in MUST_BE_ZERO} == dict.fromkeys(MUST_BE_ZERO, 0), rows
-    assert figures["faults"] == 2
+    assert figures["faults"] == 3
     assert figures["right"] == figures["requests"] >= 20
+    (raylet,) = [row["evidence"] for row in rows if row["kind"] == "kill-raylet"]
+    assert raylet["workers_lost"], "what was on its node ended with it"

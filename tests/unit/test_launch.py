@@ -13,10 +13,11 @@ from helpers.router_rig import demand
 from helpers.workers import worker
 from redis.asyncio import Redis
 
-from joinwise.actors import launch, runfile
+from joinwise.actors import deployment, launch, runfile
 from joinwise.actors.adoption import Adopted
 from joinwise.actors.controller import Controller
 from joinwise.actors.host import Account, Label
+from joinwise.actors.posts import Posts
 from joinwise.cluster.config_model import JoinwiseConfig
 from joinwise.cluster.errors import ConfigError, InternalError
 from joinwise.cluster.router.registry import Registry
@@ -65,6 +66,10 @@ def pools(**of_prefill: Any) -> list[dict[str, Any]]:
     ]
 
 
+def posts(redis_url: str = "redis://unused") -> Posts:
+    return Posts(redis_url, local=True, with_gateway=True, owner="")
+
+
 class Site:
     """A cluster that runs, of fake actors."""
 
@@ -72,19 +77,20 @@ class Site:
         self.log: list[str] = []
         self.said: list[str] = []
         self.broken: set[str] = set()
-        monkeypatch.setattr(launch, "_CHANGE_EVERY_S", 0)
-        monkeypatch.setattr(launch.Cluster, "_fetch_models", lambda cluster: None)
-        monkeypatch.setattr(launch.ray_api, "Actor", SimpleNamespace(launch=self._actor))
-        monkeypatch.setattr(launch.ray_api, "node_id", lambda: "node")
-        self.cluster = launch.Cluster(config(), self.said.append)
+        monkeypatch.setattr(deployment, "_CHANGE_EVERY_S", 0)
+        monkeypatch.setattr(deployment.Cluster, "_fetch_models", lambda cluster: None)
+        monkeypatch.setattr(deployment.ray_api, "Actor", SimpleNamespace(launch=self._actor))
+        monkeypatch.setattr(deployment.ray_api, "node_id", lambda: "node")
+        self.cluster = deployment.Cluster(config(), self.said.append)
         self.cluster._ray = SimpleNamespace(local=True, through_client=False)  # type: ignore[assignment]
+        self.cluster._posts = posts()
 
     def _actor(self, target: str, *arguments: Any, name: str, num_cpus: float, **rest: Any) -> FakeActor:
         assert num_cpus == 0, "on a Ray of our own CPUs hold nothing up"
         return FakeActor(name, self.log, self.broken)
 
     async def start(self) -> None:
-        self.cluster._controller = Controller(self.cluster._posts(self.cluster.config), self.said.append, 5)
+        self.cluster._controller = Controller(self.cluster._wanted(self.cluster.config), self.said.append, 5)
         await self.cluster._controller.fill()
         self.log.clear()
 
@@ -161,7 +167,7 @@ async def test_a_pool_wakes_for_a_request_and_ends_again(
     site: Site, monkeypatch: pytest.MonkeyPatch, redis_server: EmbeddedRedis, redis_client: Redis, cluster_name: str
 ) -> None:
     """From a start with no engine at all. The other model is not asked for, and stays at zero."""
-    monkeypatch.setattr(launch, "_HEALTH_EVERY_S", 0.02)
+    monkeypatch.setattr(deployment, "_HEALTH_EVERY_S", 0.02)
     bounds = {"least": 0, "most": 1, "down_s": 0.3, "wake_s": 30}
     zero = config(
         cluster=cluster_name,
@@ -172,9 +178,10 @@ async def test_a_pool_wakes_for_a_request_and_ends_again(
             for role in ("prefill", "decode")
         ],
     )
-    cluster, registry = launch.Cluster(zero, site.said.append), Registry(redis_client, cluster_name, zero.router)
+    cluster, registry = deployment.Cluster(zero, site.said.append), Registry(redis_client, cluster_name, zero.router)
     cluster._ray, cluster.redis_url = SimpleNamespace(local=True, through_client=False, alive=True), redis_server.url  # type: ignore[assignment]
-    cluster._controller = Controller(cluster._posts(zero), site.said.append, 5)
+    cluster._posts = posts(cluster.redis_url)
+    cluster._controller = Controller(cluster._wanted(zero), site.said.append, 5)
     site.log.clear()
     await cluster._fill()
     assert site.log == ["+gateway-0-1"] and site.said[-2] == "starting no engine and the gateway"
@@ -217,14 +224,14 @@ def test_the_next_launcher_finds_pools_at_zero_as_they_were() -> None:
         Adopted(SimpleNamespace(), Account(Label(slot, 1, "", "", 1, (), ""), "", {}, None))  # type: ignore[arg-type]
         for slot in ("gateway", "p-1-0", "p-1-1", "p-1-2")
     ]
-    assert launch._workers_of(there, made) == {"p-0": 0, "p-1": 3}
-    assert launch._workers_of(there[:1], made) == {"p-0": 0, "p-1": 0}
-    assert launch._workers_of([], made) == {}, "a cluster that begins has its replicas"
+    assert deployment._workers_of(there, made) == {"p-0": 0, "p-1": 3}
+    assert deployment._workers_of(there[:1], made) == {"p-0": 0, "p-1": 0}
+    assert deployment._workers_of([], made) == {}, "a cluster that begins has its replicas"
 
 
 async def test_a_node_of_its_own_that_has_died_ends_the_launcher(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its actors end with it, and no other would ever start."""
-    monkeypatch.setattr(launch, "_HEALTH_EVERY_S", 0.01)
+    monkeypatch.setattr(deployment, "_HEALTH_EVERY_S", 0.01)
     site.cluster._ray = SimpleNamespace(local=True, alive=False)  # type: ignore[assignment]
     with pytest.raises(InternalError, match="node has died"):
         await asyncio.wait_for(site.cluster.supervise(asyncio.Event()), 5)
