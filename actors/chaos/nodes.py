@@ -14,6 +14,7 @@ import psutil
 from ray._private.node import Node
 from ray.cluster_utils import Cluster
 
+import joinwise.actors.ray_api  # noqa: F401 - its settings of Ray hold for these nodes too
 from joinwise.cluster.errors import InternalError
 
 _STORE_BYTES = 80 << 20  # the least that Ray takes
