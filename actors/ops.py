@@ -3,7 +3,7 @@
 | path | answers |
 |---|---|
 | `/livez` | 200 while it makes progress; 503 and the reason when it should be restarted |
-| `/readyz` | 200 while it may get work (a worker: registered; a gateway: every role has a live worker), else 503 |
+| `/readyz` | 200 while it may get work (a worker: registered; a gateway: every role is there, or can wake), else 503 |
 | `/metrics` | Prometheus text |
 | `/drain` | only from the machine itself: takes no more work, and answers once what runs has ended |
 
