@@ -41,7 +41,7 @@ _MAX_KEPT = 100_000
 
 @dataclass
 class _Lent:
-    """A lease that Redis does not know of yet."""
+    """A lease that Redis, or the last look at the workers, does not know of yet."""
 
     assignment: Assignment
     demand: Demand
@@ -82,6 +82,7 @@ class SteadyRouter(Router):
         self._lived: dict[str, float] = {}  # model -> when a worker of it was last known to live
         self._looked = asyncio.Event()  # of the next look at the workers
         self._lent: dict[str, _Lent] = {}
+        self._given: dict[str, _Lent] = {}  # by Redis, since that look
         self._kept: deque[_Word] = deque(maxlen=_MAX_KEPT)  # of the oldest, should they be more, the leases expire
         self._returning: asyncio.Task[None] | None = None
 
@@ -94,6 +95,7 @@ class SteadyRouter(Router):
         """Remember the live workers, for a gap that may come; once a heartbeat."""
         if not self.away:
             self._seen, self._seen_at = live, time.monotonic()
+            self._given.clear()
             self._note_alive()
             self._looked.set()
             self._looked = asyncio.Event()
@@ -117,25 +119,29 @@ class SteadyRouter(Router):
         if self.away and self._fresh():
             return self._lend(demand)
         try:
-            return await super().route(demand)
+            given = await super().route(demand)
         except StoreUnavailableError:
             if not self._fresh():
                 raise
             self._leave()
             return self._lend(demand)
+        self._given[given.lease_id] = _Lent(given, demand)
+        return given
 
     async def prefill_done(self, assignment: Assignment) -> bool:
         """As `Router.prefill_done`, now or later."""
-        if (lent := self._lent.get(assignment.lease_id)) is not None:
-            lent.prefill_done = True
+        for book in (self._lent, self._given):
+            if (held := book.get(assignment.lease_id)) is not None:
+                held.prefill_done = True
         return await self._now_or_later(partial(super().prefill_done, assignment))
 
     async def settle(self, assignment: Assignment, generated: int | None = None) -> bool:
         """As `Router.settle`, now or later."""
-        if (lent := self._lent.get(assignment.lease_id)) is not None:
-            lent.ended.add(assignment.sample)
-            if len(lent.ended) == lent.demand.samples:
-                del self._lent[assignment.lease_id]
+        for book in (self._lent, self._given):
+            if (held := book.get(assignment.lease_id)) is not None:
+                held.ended.add(assignment.sample)
+                if len(held.ended) == held.demand.samples:
+                    del book[assignment.lease_id]
         return await self._now_or_later(partial(super().settle, assignment, generated))
 
     async def _now_or_later(self, word: Callable[[], Awaitable[bool]]) -> bool:
@@ -223,7 +229,7 @@ class SteadyRouter(Router):
             if _suits(info, demand) and info.role in pools:
                 pools[info.role].append(each)
                 pending[info.worker_id] = each.pending_tokens
-        for lent in self._lent.values():
+        for lent in (*self._lent.values(), *self._given.values()):
             for worker_id in {ref.worker_id for ref in (lent.assignment.prefill, lent.assignment.decode) if ref}:
                 pending[worker_id] += lent.pending(worker_id)
 

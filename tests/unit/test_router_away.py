@@ -139,6 +139,25 @@ async def test_a_gap_is_ridden_out_and_nothing_is_counted_twice(site: Site, serv
     assert sum((await site.pending()).values()) == 1 + 2
 
 
+async def test_what_redis_gave_after_the_last_look_counts_in_a_gap(site: Site, server: Server) -> None:
+    limit = site.router._settings.max_pending_tokens
+    full = [await site.router.route(demand(1, limit - 1)) for _ in range(2)]
+    assert {chosen(each)[1] for each in full} == {"d", "e"}
+    server.kill()
+    spilt = await site.router.route(demand(10, 10))
+    assert (spilt.reason, chosen(spilt)[1]) == (REDIS_AWAY, "p"), "both decode workers are full"
+    assert await site.router.settle(full[0])
+    lent = await site.router.route(demand(10, 10))
+    assert (lent.reason, chosen(lent)[1]) == (REDIS_AWAY, chosen(full[0])[1])
+    server.start()
+    await site.beat()
+    await site.returned()
+    site.router.observe(await site.registry.states())
+    assert not site.router._given, "the look has seen them"
+    for each in (full[1], spilt, lent):
+        assert await site.router.settle(each)
+
+
 async def test_a_redis_that_stands_still_reserves_nothing_behind_our_backs(site: Site, server: Server) -> None:
     server.process.send_signal(signal.SIGSTOP)
     leases = await asyncio.gather(*(site.router.route(demand(10, 10)) for _ in range(8)))
