@@ -24,6 +24,7 @@ AGAIN = frozenset({"overloaded", "no_worker", "store_unavailable", "worker_lost"
 ANSWERS = (24, 96)
 _OF_STATUS = {429: "overloaded", 502: "worker_lost", 503: "no_worker"}
 _ASK_AGAIN_S = 0.5
+_ANSWER_S = 5.0
 _SHIFTED = 3  # equal tokens in a row elsewhere in the right answer: positions were lost or repeated
 
 
@@ -135,6 +136,19 @@ class Load:
     async def wait_midway(self) -> None:
         """Wait until there is one."""
         await self._flows.wait()
+
+    async def wait_reached(self, timeout_s: float) -> bool:
+        """Wait until the clients that ask reach the gateway again; False if they do not in time."""
+        deadline = time.monotonic() + timeout_s
+        while self._grpc is not None:
+            try:
+                await self._grpc.status(timeout=_ANSWER_S)
+                return True
+            except JoinwiseError:
+                if time.monotonic() > deadline:
+                    return False
+                await asyncio.sleep(_ASK_AGAIN_S)
+        return True
 
     async def see_through(self, timeout_s: float) -> tuple[int, int]:
         """Wait until the requests whose streams are midway now have ended.

@@ -224,7 +224,7 @@ async def _one_fault(fault: Fault, site: Site, load: Load) -> dict[str, Any]:
     struck = time.monotonic()
     if fired.mend is not None:
         await asyncio.to_thread(fired.mend)
-    whole = await site.wait_whole(fired.gone, _RECOVERS_S) is not None
+    whole = await site.wait_whole(fired.gone, _RECOVERS_S) is not None and await load.wait_reached(_RECOVERS_S)
     took = round(time.monotonic() - struck, 1)
     if fired.pid and psutil.pid_exists(fired.pid):
         whole = False

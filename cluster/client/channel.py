@@ -38,6 +38,9 @@ def options(tls: TLS | bool) -> list[tuple[str, Any]]:
         ("grpc.keepalive_timeout_ms", 10_000),
         # A request is never sent twice behind the caller's back: it may have produced tokens already.
         ("grpc.enable_retries", 0),
+        # A gateway that comes back is found as soon as a stream looks for it (`retry`); gRPC waits up to two minutes.
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.max_reconnect_backoff_ms", 2_000),
     ]
     if isinstance(tls, TLS) and tls.server_name:
         arguments.append(("grpc.ssl_target_name_override", tls.server_name))

@@ -24,6 +24,7 @@ from joinwise.actors.chaos.load import Load, Outcome, Question, questions, verdi
 from joinwise.actors.chaos.redis_server import RedisServer
 from joinwise.actors.chaos.schedule import KINDS, Fault
 from joinwise.actors.chaos.site import Site, cluster_config
+from joinwise.cluster.client.failures import UnreachableError
 from joinwise.cluster.config import load_config
 from joinwise.cluster.config_check import problems
 from joinwise.cluster.errors import ConfigError, InternalError
@@ -191,6 +192,22 @@ def test_questions_are_the_same_every_time() -> None:
     assert asked == questions(50)
     assert {10 <= len(each.prompt) <= 400 and 24 <= each.max_tokens <= 96 for each in asked} == {True}
     assert {1 <= each.max_tokens <= 2 for each in questions(50, answers=(1, 2))} == {True}
+
+
+async def test_clients_reach_a_gateway_again_or_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("joinwise.actors.chaos.load._ASK_AGAIN_S", 0.001)
+    answers: list[bool] = [False, False, True]
+
+    async def status(timeout: float) -> None:
+        if not (answers.pop(0) if answers else False):
+            raise UnreachableError("not yet")
+
+    async with httpx.AsyncClient() as http:
+        grpc: Any = SimpleNamespace(status=status)
+        load = Load(http, grpc, "model", [], [])
+        assert await load.wait_reached(5) and not answers
+        assert not await load.wait_reached(0.01)
+        assert await Load(http, None, "model", [], []).wait_reached(0)
 
 
 async def test_a_burst_is_asked_at_once_and_judged_as_the_rest() -> None:
