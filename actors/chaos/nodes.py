@@ -14,7 +14,6 @@ import psutil
 from ray._private.node import Node
 from ray.cluster_utils import Cluster
 
-import joinwise.actors.ray_api  # noqa: F401 - its settings of Ray hold for these nodes too
 from joinwise.cluster.errors import InternalError
 
 _STORE_BYTES = 80 << 20  # the least that Ray takes
@@ -28,6 +27,9 @@ class Nodes:
         count: of nodes beside the head.
         cpus: logical CPUs that each of those offers.
         folder: for what the control store keeps.
+
+    Errors of their start are those of `add`. Engines run at the niceness that Ray gives them, 15: what keeps the nodes
+    alive comes first on a machine that is too small for all of them.
     """
 
     def __init__(self, count: int, cpus: int, folder: Path) -> None:
@@ -56,11 +58,18 @@ class Nodes:
         return str(self._ray.address)
 
     def add(self) -> None:
-        """Start one more node."""
+        """Start one more node.
+
+        Raises:
+            InternalError: Ray could not.
+        """
         self._add(num_cpus=self._cpus)
 
-    def _add(self, **arguments: Any) -> Node:
-        return self._ray.add_node(object_store_memory=_STORE_BYTES, **arguments)
+    def _add(self, **arguments: Any) -> None:
+        try:
+            self._ray.add_node(object_store_memory=_STORE_BYTES, **arguments)
+        except Exception as error:  # Ray says no more than that
+            raise InternalError(f"a node of Ray has not started: {error}") from error
 
     @property
     def processes(self) -> Mapping[str, psutil.Process]:

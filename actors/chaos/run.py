@@ -27,6 +27,7 @@ from joinwise.actors.chaos.schedule import Fault, Kind
 from joinwise.actors.chaos.site import MODEL, PLAIN_ENGINE, Site, cluster_config
 from joinwise.actors.models import resolve_model
 from joinwise.cluster.client import AsyncClient
+from joinwise.cluster.errors import JoinwiseError
 
 #: Figures that must be 0.
 MUST_BE_ZERO = (
@@ -222,8 +223,11 @@ async def _one_fault(fault: Fault, site: Site, load: Load) -> dict[str, Any]:
         return row | {"evidence": str(error), "recover_s": await site.wait_whole("", _RECOVERS_S)}
     row |= {"fired": True, "evidence": fired.evidence, "cut_short": fired.cut_short}
     struck = time.monotonic()
-    if fired.mend is not None:
-        await asyncio.to_thread(fired.mend)
+    try:
+        if fired.mend is not None:
+            await asyncio.to_thread(fired.mend)
+    except JoinwiseError as error:
+        return row | {"evidence": {**fired.evidence, "not_mended": str(error)}, "ended": time.monotonic()}
     whole = await site.wait_whole(fired.gone, _RECOVERS_S) is not None and await load.wait_reached(_RECOVERS_S)
     took = round(time.monotonic() - struck, 1)
     if fired.pid and psutil.pid_exists(fired.pid):
