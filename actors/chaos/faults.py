@@ -220,10 +220,11 @@ async def _kill_head(fault: Fault, site: Site, load: Load) -> Fired:
     if psutil.pid_exists(pid):
         raise NotFiredError(f"{fault.kind}: process {pid} lives on after SIGKILL")
     midway, through = await load.see_through(_FINISH_S)
-    await asyncio.to_thread(site.nodes.regain_control)
     if not midway:
+        await asyncio.to_thread(site.nodes.regain_control)
         raise NotFiredError(f"{fault.kind}: no stream was midway")
-    return Fired({"streams_midway": midway, "finished": through}, cut_short=midway - through)
+    evidence = {"streams_midway": midway, "finished": through}
+    return Fired(evidence, mend=site.nodes.regain_control, cut_short=midway - through)
 
 
 def _has_stopped(process: psutil.Process) -> bool:

@@ -6,7 +6,10 @@ die and come back.
 
 from __future__ import annotations
 
+import socket
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -18,6 +21,7 @@ from joinwise.cluster.errors import InternalError
 
 _STORE_BYTES = 80 << 20  # the least that Ray takes
 _DIES_S = 5.0
+_STARTS, _ANSWERS_S, _LOOK_S = 3, 10.0, 0.05
 
 
 class Nodes:
@@ -34,6 +38,7 @@ class Nodes:
 
     def __init__(self, count: int, cpus: int, folder: Path) -> None:
         self._count, self._cpus, self._folder = count, cpus, folder
+        self._control = ("", 0)
         self._ray = Cluster(shutdown_at_exit=False)  # nodes are added by other threads than the main one
 
     def __enter__(self) -> Self:
@@ -80,13 +85,27 @@ class Nodes:
 
     def lose_control(self) -> int:
         """Kill the control store; returns its process id."""
+        host, _, port = self.address.rpartition(":")
+        self._control = host, int(port)
         pid: int = _process(self._ray.head_node, "gcs_server").pid
         self._ray.head_node.kill_gcs_server()
         return pid
 
     def regain_control(self) -> None:
-        """Start it again, with what it knew."""
-        self._ray.head_node.start_gcs_server()
+        """Start it again, with what it knew, and see that it answers.
+
+        Raises:
+            InternalError: it does not, however often it is started.
+        """
+        for _ in range(_STARTS):
+            self._ray.head_node.start_gcs_server()
+            deadline = time.monotonic() + _ANSWERS_S
+            while time.monotonic() < deadline:
+                with suppress(OSError), socket.create_connection(self._control, timeout=1):
+                    return
+                time.sleep(_LOOK_S)
+            self._ray.head_node.kill_gcs_server(check_alive=False)
+        raise InternalError(f"Ray's control store does not answer after {_STARTS} starts")
 
     def lose(self, raylet: psutil.Process) -> None:
         """Kill a node's raylet, and what is left of the node when that is gone.

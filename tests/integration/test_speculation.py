@@ -7,22 +7,28 @@ The draft is the target itself, so that drafts are nearly always accepted: what 
 from __future__ import annotations
 
 import asyncio
+import copy
 import math
 import os
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
+import torch
+import yaml
 from helpers.ask import Answer, Question, ask
 from helpers.cluster import ENGINE, MODEL, RunningCluster, cluster_config, running_cluster
 from helpers.drawn import FALSE_ALARM, p_value
 from helpers.idle import assert_idle
 from helpers.plain_vllm import PlainServer
+from helpers.processes import Home
 
+from joinwise.actors.draft.head import DovetailHead, HeadShape, TargetEnds, save_head
 from joinwise.cluster.config_model import RouterConfig
 from joinwise.cluster.drafts import DraftInfo, Drafts
 from joinwise.cluster.router.registry import Registry, WorkerInfo
@@ -256,3 +262,25 @@ def _chances(logprobs: dict[str, float], top_k: int) -> dict[str, float]:
 async def test_a_sequence_may_be_as_long_as_the_model_allows(cluster: RunningCluster) -> None:
     prompt = list(range(1000, 1000 + LONGEST - 12))
     assert len(await ids(cluster.http, prompt, ignore_eos=True, max_tokens=12)) == 12
+
+
+async def test_a_head_takes_the_models_place_and_changes_no_token(
+    cluster: RunningCluster, small_model: Any, expected: list[list[int]], tmp_path: Path
+) -> None:
+    """By `joinwise apply`. It has learnt nothing, and needs what the engine thought of each token."""
+    head = DovetailHead(HeadShape.like(small_model.path, 1), TargetEnds.read(small_model.path, torch.float32))
+    save_head(head.eval(), tmp_path / "head", small_model)
+    engine, before = await fast_worker(cluster), await draft_of(cluster)
+    config = copy.deepcopy(cluster.config)
+    config["pools"][2]["draft"] = {
+        "head": str(tmp_path / "head"), "dtype": "float32", "max_tokens": LONGEST, "lookup": False
+    }  # fmt: skip
+    file = tmp_path / "head.yaml"
+    file.write_text(yaml.safe_dump(config))
+    done = await asyncio.to_thread(Home(Path(os.environ["JOINWISE_HOME"])).joinwise, "apply", "-f", str(file))
+    assert done.returncode == 0, done.stderr
+    assert (await draft_of(cluster)).draft_id != before.draft_id
+    async with asyncio.timeout(60):
+        while not (await draft_metrics(cluster))["joinwise:draft_tokens_total"]:  # the engine has found it
+            assert await all_of(cluster.http) == expected
+    assert await fast_worker(cluster) == engine, "an engine tells hidden states to whoever wants them"
