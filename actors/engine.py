@@ -422,6 +422,6 @@ class EngineWorker:
             waiting=waiting,
             kv_blocks_free=pool.get_num_free_blocks(),
             kv_blocks_total=pool.num_gpu_blocks - 1,
-            decode_step_ms=self._engine.decode_step_s * 1000,
-            prefill_tokens_per_s=self._engine.prefill_tokens_per_s,
+            decode_step_ms=self._engine.speeds.decode_step_s * 1000,
+            prefill_tokens_per_s=self._engine.speeds.prefill_tokens_per_s,
         )

@@ -32,11 +32,11 @@ from joinwise.actors.vllm.cpu_seeds import spare_generators
 from joinwise.actors.vllm.handoff import KV_TRANSFER_KEY, Handoff, set_replay
 from joinwise.actors.vllm.kv_events import report_now
 from joinwise.actors.vllm.plain import PlainTakeover
+from joinwise.actors.vllm.speeds import Speeds
 
 logger = logging.getLogger(__name__)
 
 _IDLE_WAIT_S = 0.005
-_MEANINGFUL_PREFILL = 32
 UTILITIES = ("add_lora", "remove_lora", "pin_lora", "list_loras", "reset_prefix_cache")
 
 
@@ -69,8 +69,7 @@ class EngineLoop:
         self._owners: dict[int, set[str]] = defaultdict(set)
         self._rests = True
         self.last_step_at = time.monotonic()
-        self.decode_step_s = 0.0
-        self.prefill_tokens_per_s = 0.0
+        self.speeds = Speeds()
         self.stats: SchedulerStats | None = None
         connector.host.wake = self._wake.set
         self.core = EngineCore(config, Executor.get_class(config), log_stats=True)
@@ -201,6 +200,8 @@ class EngineLoop:
         outputs, executed = self.core.step_fn()
         self.core.post_step(executed)
         self.last_step_at = time.monotonic()
+        if executed and (scheduler := connector.host.scheduler) is not None:
+            self.speeds.stepped(scheduler.prompt_tokens, self.last_step_at - begin)
         for slot, output in (outputs or {}).items():
             if output.scheduler_stats is not None:
                 self._record(output.scheduler_stats)
@@ -211,17 +212,8 @@ class EngineLoop:
             if output.outputs:
                 if self._plain is not None:
                     self._plain.complete(output)
-                self._measure(output, self.last_step_at - begin)
                 self._on_outputs(slot, output)
         return executed
-
-    def _measure(self, output: EngineCoreOutputs, seconds: float) -> None:
-        """Smooth the time of decode steps, and the speed of steps that prefill."""
-        prompts = [each.prefill_stats.num_computed_tokens for each in output.outputs if each.prefill_stats]
-        if not prompts:
-            self.decode_step_s += 0.1 * (seconds - self.decode_step_s)
-        elif (tokens := sum(prompts)) >= _MEANINGFUL_PREFILL:
-            self.prefill_tokens_per_s += 0.2 * (tokens / seconds - self.prefill_tokens_per_s)
 
     def _record(self, stats: SchedulerStats) -> None:
         self.stats = stats

@@ -47,10 +47,17 @@ class Scheduler:
                 req_ids=[request.request_id for request, *_ in cached],
                 new_block_ids=[(blocks,) if blocks else None for _, blocks, _, _ in cached],
                 num_computed_tokens=[computed for _, _, computed, _ in cached],
+                is_context_phase={
+                    request.request_id: computed < request.num_prompt_tokens for request, _, computed, _ in cached
+                }.__getitem__,
             ),
             num_scheduled_tokens={request.request_id: count for request, _, _, count in [*new, *cached]},
         )
-        return self.connector.build_metadata(output)
+        metadata = self.connector.build_metadata(output)
+        assert self.connector.prompt_tokens == sum(
+            count for request, _, computed, count in [*new, *cached] if computed < request.num_prompt_tokens
+        )
+        return metadata
 
     def report(self, *, received=(), sent=()) -> None:
         names = [{each.request_id for each in group} or None for group in (received, sent)]

@@ -17,6 +17,7 @@ from joinwise.actors.kv.fetching import FetchReport
 from joinwise.actors.kv.receiving import FetchSpec
 from joinwise.actors.vllm.connector.metadata import OpenSend, SendStep, StepMetadata, StepReports
 from joinwise.actors.vllm.handoff import Handoff
+from joinwise.actors.vllm.speeds import prompt_tokens
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -53,6 +54,9 @@ class SchedulerConnector:
         block_size: tokens per KV block.
         on_report: gets the report of every ended import, on the stepping thread.
         ranks: each of them reports its part.
+
+    Attributes:
+        prompt_tokens: that the step computes which was scheduled last.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class SchedulerConnector:
         self._block_size = block_size
         self._on_report = on_report
         self._ranks = ranks
+        self.prompt_tokens = 0
         self._reports: dict[str, list[FetchReport]] = {}
         self._receives: dict[str, _Receive] = {}
         self._sends: dict[str, _Send] = {}
@@ -162,6 +167,7 @@ class SchedulerConnector:
     def build_metadata(self, output: SchedulerOutput) -> StepMetadata:
         """Take what has gathered since the last step, and add this step's progress of senders."""
         metadata, self._next = self._next, StepMetadata()
+        self.prompt_tokens = prompt_tokens(output)
         metadata.stopping = self._stopping
         metadata.preempted = set(output.preempted_req_ids or ())
         for request_id in metadata.preempted:
