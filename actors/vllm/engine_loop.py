@@ -197,11 +197,13 @@ class EngineLoop:
 
     def _step(self) -> bool:
         begin = time.monotonic()
+        if (kv := connector.host.scheduler) is not None:
+            self.core.scheduler.finished_recving_kv_req_ids |= kv.take_ready()
         outputs, executed = self.core.step_fn()
         self.core.post_step(executed)
         self.last_step_at = time.monotonic()
-        if executed and (scheduler := connector.host.scheduler) is not None:
-            self.speeds.stepped(scheduler.prompt_tokens, self.last_step_at - begin)
+        if executed and kv is not None:
+            self.speeds.stepped(kv.prompt_tokens, self.last_step_at - begin)
         for slot, output in (outputs or {}).items():
             if output.scheduler_stats is not None:
                 self._record(output.scheduler_stats)

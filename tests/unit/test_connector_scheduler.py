@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 from vllm.v1.outputs import KVConnectorOutput
 
+from joinwise.actors.kv.fetching import FetchReport
 from joinwise.actors.kv.receiving import FetchSpec
-from joinwise.actors.vllm.connector.metadata import OpenSend, SendStep, StepMetadata
+from joinwise.actors.vllm.connector.metadata import OpenSend, SendStep, StepMetadata, StepReports
 from joinwise.actors.vllm.connector.scheduler import SchedulerConnector
 from joinwise.actors.vllm.handoff import Handoff
 
@@ -16,8 +17,8 @@ BLOCK = 4
 class Scheduler:
     """Drives the connector in vLLM's order."""
 
-    def __init__(self) -> None:
-        self.connector = SchedulerConnector(BLOCK)
+    def __init__(self, ranks: int = 1) -> None:
+        self.connector = SchedulerConnector(BLOCK, ranks=ranks)
 
     def add(self, name: str, half: str | None, prompt: int) -> SimpleNamespace:
         handoff = Handoff(half, f"{name}-transfer", 7, "peer:1", 9.0) if half else None
@@ -164,6 +165,76 @@ def test_release_reaches_the_worker_once(scheduler: Scheduler, when: str) -> Non
     assert scheduler.connector.matched_tokens(request, 0) == (0, False)
     assert not scheduler.connector.request_finished(request)
     scheduler.assert_idle()
+
+
+def _import(scheduler: Scheduler, *failures: str) -> None:
+    """A report of each rank."""
+    reports = [FetchReport("d", failure=failure) for failure in failures]
+    scheduler.connector.on_worker_output(KVConnectorOutput(kv_connector_worker_meta=StepReports(reports)))
+
+
+def test_who_is_released_after_the_import_goes_on_in_the_very_next_step(scheduler: Scheduler) -> None:
+    request = _loading(scheduler)
+    _import(scheduler, "")
+    assert scheduler.connector.take_ready() == set(), "not before it is released"
+    scheduler.connector.release("d", recompute=False)
+    assert scheduler.connector.take_ready() == {"d"}
+    assert scheduler.connector.take_ready() == set()
+    assert scheduler.step().released == {"d"}, "so that the worker half forgets it"
+    assert scheduler.connector.entries() == ["receive d (over)", "import of d"]
+    output = KVConnectorOutput(finished_recving={"d", "other"})
+    scheduler.connector.on_worker_output(output)
+    assert output.finished_recving == {"other"}, "vLLM knows of it"
+    assert not scheduler.connector.request_finished(request)
+    scheduler.assert_idle()
+
+
+def test_who_is_aborted_between_its_release_and_the_step_is_fenced(scheduler: Scheduler) -> None:
+    request = _loading(scheduler)
+    _import(scheduler, "")
+    scheduler.connector.release("d", recompute=False)
+    scheduler.connector.request_finished(request)
+    assert scheduler.connector.take_ready() == set()
+    assert scheduler.step().stop_receives == {"d"}
+    output = KVConnectorOutput(finished_recving={"d"})
+    scheduler.connector.on_worker_output(output)
+    assert output.finished_recving == {"d"}, "vLLM frees its blocks by this"
+    scheduler.assert_idle()
+
+
+def test_who_is_aborted_after_that_step_is_fenced_no_more(scheduler: Scheduler) -> None:
+    request = _loading(scheduler)
+    _import(scheduler, "")
+    scheduler.connector.release("d", recompute=False)
+    scheduler.connector.take_ready()
+    assert not scheduler.connector.request_finished(request)
+    metadata = scheduler.step()
+    assert (metadata.released, metadata.stop_receives) == ({"d"}, set())
+    scheduler.report(received=[request])
+    scheduler.assert_idle()
+
+
+@pytest.mark.parametrize("failures", [["lost"], ["", "lost"], [""]])
+def test_only_a_whole_import_is_ready(failures: list[str]) -> None:
+    scheduler = Scheduler(ranks=2)
+    request = _loading(scheduler)
+    _import(scheduler, *failures)
+    scheduler.connector.release("d", recompute=False)
+    assert scheduler.connector.take_ready() == set()
+    assert scheduler.step().released == {"d"}
+    _import(scheduler, *[""] * (2 - len(failures)))
+    scheduler.report(received=[request])
+    scheduler.connector.request_finished(request)
+    scheduler.assert_idle()
+
+
+def test_a_sender_that_fails_after_the_import_is_told_to_the_worker(scheduler: Scheduler) -> None:
+    _loading(scheduler)
+    _import(scheduler, "")
+    scheduler.connector.release("d", recompute=True)
+    assert scheduler.connector.take_ready() == set()
+    metadata = scheduler.step()
+    assert metadata.fail_receives == metadata.released == {"d"}
 
 
 def test_a_release_that_comes_too_late_does_nothing(scheduler: Scheduler) -> None:

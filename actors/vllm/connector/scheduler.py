@@ -70,6 +70,9 @@ class SchedulerConnector:
         self._receives: dict[str, _Receive] = {}
         self._sends: dict[str, _Send] = {}
         self._held: set[str] = set()
+        self._whole: set[str] = set()  # imported by all ranks, as they have reported
+        self._ready: set[str] = set()  # and released since the last step
+        self._told: set[str] = set()  # vLLM knows of them before the worker half says so
         self._next = StepMetadata()
         self._stopping = False
 
@@ -90,11 +93,25 @@ class SchedulerConnector:
             return False
         receive.released = True
         receive.fail = receive.fail or recompute
-        if receive.state is ReceiveState.LOADING:
+        if receive.state is ReceiveState.LOADING and request_id in self._whole and not recompute:
+            self._ready.add(request_id)
+        elif receive.state is ReceiveState.LOADING:
             self._next.released.add(request_id)
             if recompute:
                 self._next.fail_receives.add(request_id)
         return True
+
+    def take_ready(self) -> set[str]:
+        """Requests that the next step may go on with, right before it: released, and their KV is known to be there.
+
+        Else the worker half would learn of the release in the next step, and vLLM of the import in the one after that.
+        """
+        ready, self._ready = self._ready, set()
+        for request_id in ready:
+            self._receives[request_id].state = ReceiveState.OVER
+        self._next.released |= ready
+        self._told |= ready
+        return ready
 
     def cancel_send(self, request_id: str) -> None:
         """Nobody will fetch this request's KV."""
@@ -108,6 +125,7 @@ class SchedulerConnector:
             *(f"send {name}" for name in self._sends),
             *(f"held {name}" for name in self._held),
             *(f"report of {name}" for name in self._reports),
+            *(f"import of {name}" for name in self._told),
         ]
 
     # Called by vLLM's scheduler.
@@ -193,6 +211,10 @@ class SchedulerConnector:
         if isinstance(output.kv_connector_worker_meta, StepReports):
             for report in output.kv_connector_worker_meta.reports:
                 self._gather(report)
+        if output.finished_recving:
+            told = output.finished_recving & self._told
+            output.finished_recving -= told
+            self._told -= told
         for request_id in output.finished_recving or ():
             receive = self._receives.get(request_id)
             if receive is not None:
@@ -207,6 +229,8 @@ class SchedulerConnector:
         whole, *others = self._reports.pop(report.request_id)
         for other in others:
             whole.merge(other)
+        if not whole.failure and whole.request_id in self._receives:
+            self._whole.add(whole.request_id)
         self._on_report(whole)
 
     def request_finished(self, request: "Request") -> bool:
@@ -217,6 +241,8 @@ class SchedulerConnector:
         """
         request_id = request.request_id
         receive = self._receives.pop(request_id, None)
+        self._whole.discard(request_id)
+        self._ready.discard(request_id)
         if receive is not None and receive.state is ReceiveState.LOADING:
             self._next.stop_receives.add(request_id)
         send = self._sends.pop(request_id, None)
