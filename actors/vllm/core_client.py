@@ -54,6 +54,8 @@ class _Live:
     prefill_id: str = ""
     decode_id: str = ""
     prefill_done: bool = False
+    computed: bool = False
+    """Whether the one worker that does all of it has computed its prompt."""
     fetched: bool | None = None
     """Whether decode has all of prefill's KV; None until it says."""
     lost_on: set[str] = field(default_factory=set)
@@ -321,6 +323,10 @@ class ClusterCore(EngineCoreClient):
             joined = live.prefill_done or bool(live.attempt and live.merge.emitted)
             merged = live.merge.from_decode(output, joined=joined)
             live.ledger.replayed(skipping - live.merge.to_skip, step_s)
+            if output.new_token_ids and live.assignment.prefill is None and not live.computed:
+                live.computed = True
+                if not live.merge.finished:
+                    self._spawn(self._router.prefill_done(live.assignment))
         if merged is None:
             return None
         merged.request_id = request_id
@@ -383,6 +389,7 @@ class ClusterCore(EngineCoreClient):
             return
         self._abort_part(live.assignment.prefill, live.prefill_id)
         live.prefill_id = live.decode_id = ""  # what their parts still say is not heard
+        live.computed = False
         live.lost_on.add(lost.worker_id)
         live.attempt += 1
         live.ticket.prompt_ready.set()

@@ -242,6 +242,36 @@ async def test_a_split_request_from_end_to_end(world: World) -> None:
     assert world.core.running == []
 
 
+async def test_a_worker_that_does_it_all_gets_its_room_back_at_the_first_token(world: World) -> None:
+    await world.add(lease("l", None, D))
+    world.says(D, "r.0.d", 11)
+    await world.settle_down()
+    assert (world.router.released, world.router.settled) == (["l"], [])
+    world.says(D, "r.0.d", 12)
+    world.says(D, "r.0.d", 13, finish=FinishReason.STOP)
+    await world.settle_down()
+    assert (world.router.released, world.router.settled) == (["l"], ["l"])
+
+
+async def test_an_answer_of_one_token_gives_all_back_at_once(world: World) -> None:
+    await world.add(lease("l", None, D))
+    world.says(D, "r.0.d", 11, finish=FinishReason.LENGTH)
+    await world.settle_down()
+    assert (world.router.released, world.router.settled) == ([], ["l"])
+
+
+async def test_each_worker_that_does_the_rest_gets_its_room_back(world: World) -> None:
+    await world.add(lease("l", None, D))
+    world.says(D, "r.0.d", 11)
+    world.router.next = [lease("m", None, E)]
+    await world.core.on_lost(D, "gone")
+    await world.until(lambda: world.links.links[E].sent)
+    world.says(E, "r.1.d", 11)
+    world.says(E, "r.1.d", 12)
+    await world.settle_down()
+    assert world.router.released == ["l", "m"]
+
+
 @pytest.mark.parametrize("sampled", [True, False])
 async def test_both_engines_are_told_the_trace_and_vllm_s_own_span_joins_it(sampled: bool) -> None:
     """From the caller's `traceparent` to the spans, over what is sent to the workers and given to vLLM's front end."""
