@@ -46,5 +46,5 @@ def plain_vllm(
         "VLLM_LOGGING_LEVEL": "WARNING",
         **(settings or {}),
     }
-    with server("plain vLLM", command, port, log, environment) as url:
+    with server("plain vLLM", command, port, log, environment, computes=True) as url:
         yield url

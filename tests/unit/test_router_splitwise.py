@@ -182,7 +182,10 @@ async def test_the_neighbours_gaps_decide(auto: Bench) -> None:
     await fleet(auto, p="prefill", d="decode")
     busy = [await auto.router.route(demand(1, 10)) for _ in range(4)]
     assert {lease.reason for lease in busy[1:]} == {"whole_cheaper"}
-    assert (await auto.router.route(demand(8))).reason == "split"  # 8 ms on four neighbours, against a hand-off of 10
+    anxious = auto.with_(gap_weight=1)
+    assert (
+        await anxious.router.route(demand(8))
+    ).reason == "split"  # 8 ms on four neighbours, against a hand-off of 10
     indifferent = auto.with_(gap_weight=0)
     assert (await indifferent.router.route(demand(8))).reason == "whole_cheaper"
 
