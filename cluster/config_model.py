@@ -288,8 +288,8 @@ class RouterConfig(Section):
     moves: bool = True
     """Pull workers of another pool into mixed where that has the same fingerprint; they go back by themselves."""
     gap_weight: float = Field(default=0.2, ge=0, le=1000)
-    """What a millisecond of delay to a decoding neighbour counts, against one of the request's own: less than 1, since it
-    is spread over all tokens that the neighbour is still to get."""
+    """What a millisecond of delay to a decoding neighbour counts, against one of the request's own: less than 1, as
+    it is spread over all tokens that the neighbour is still to get."""
     handoff_ms: float = Field(default=10.0, ge=0, le=60_000)
     """Milliseconds by which handing a request from prefill to decode delays its second token."""
     handoff_us_per_token: float = Field(default=35.0, ge=0, le=1_000_000)
