@@ -4,9 +4,7 @@ A step computes at most `max_tokens` tokens. Decoding requests take one each, wh
 of arrival and chunk by chunk (Sarathi-Serve, arXiv 2403.02310). KV memory grows a token a step; when none is left the
 request that came last loses its cache and is computed anew. A step costs what its prompt tokens cost and, for those
 that decode, what a measured batch of that size costs beyond a single one, with the context's part by its slope. A
-request that was split repeats the first token in a step of its own where its answer is made, as the cluster has it; and
-beside a step under way its cache is known to have come only at the end of the next one, with which the scheduler hears
-of it from the connector.
+request that was split repeats the first token in a step of its own where its answer is made, as the cluster has it.
 """
 
 from __future__ import annotations
@@ -34,17 +32,15 @@ class VllmEngine(Engine):
         self.max_tokens = max_tokens
         self.max_seqs = max_seqs
         self.queue: deque[Task] = deque()
-        self.landed: deque[Task] = deque()  # their KV cache has arrived, and the scheduler does not know
-        self.ready: deque[Task] = deque()  # it does; they must not wait for those that need room
+        self.ready: deque[Task] = deque()  # their KV cache has arrived; they must not wait for those that need room
         self.memory = 0  # tokens of KV cache in use, or kept for those that are expected
-        self._told = False  # the step under way reports what has landed
         self._least_step = kind.batch(1)
         self._base = kind.batch_context * kind.context_s
 
     def submit(self, job: Job, part: Part, now: float) -> None:
         task = Task(job, part, replays=1)
         task.ran = part == "decode"  # its memory is kept since `expect`
-        (self.landed if task.ran else self.queue).append(task)
+        (self.ready if task.ran else self.queue).append(task)
         if not self.batch:
             self.start(now)
         elif len(self.batch) < self.max_seqs:
@@ -60,7 +56,7 @@ class VllmEngine(Engine):
         self.memory -= job.prompt
 
     def _drop(self, job: Job) -> None:
-        for tasks in (self.batch, self.queue, self.ready, self.landed):
+        for tasks in (self.batch, self.queue, self.ready):
             for task in tasks:
                 if task.job is job:
                     tasks.remove(task)
@@ -70,14 +66,12 @@ class VllmEngine(Engine):
     def tasks(self) -> Iterator[Task]:
         yield from self.batch
         yield from self.ready
-        yield from self.landed
         yield from self.queue
 
     def clear(self) -> None:
         self.batch = []
         self.queue.clear()
         self.ready.clear()
-        self.landed.clear()
         self.memory = 0
 
     def released(self, job: Job, now: float) -> None:
@@ -86,12 +80,10 @@ class VllmEngine(Engine):
             (self.cut if self.batch else self.start)(now)
 
     def waiting(self) -> bool:
-        return bool(self.landed or self.ready or self.queue)
+        return bool(self.ready or self.queue)
 
     def _select(self, now: float) -> None:
         self._make_room()
-        if not self.batch:
-            self._hear()
         budget = self.max_tokens
         for task in self.batch:
             task.chunk = min(task.todo, budget)
@@ -110,13 +102,6 @@ class VllmEngine(Engine):
             task.chunk = min(task.todo, budget)
             budget -= task.chunk or 1
             self.batch.append(task)
-        self._told = bool(self.landed)
-        self._hear()
-
-    def _hear(self) -> None:
-        """What has landed is reported with the step that begins, or at once where there is none."""
-        self.ready += self.landed
-        self.landed.clear()
 
     def _make_room(self) -> None:
         """Take their KV cache from those that came last until the others can go on for a step."""
@@ -148,7 +133,7 @@ class VllmEngine(Engine):
                 seconds += max(0.0, self._decode_s(decoding, context) - self._least_step)
             return seconds, 1
         look("sequences in a batch", kind.batch, decoding)
-        steps = 1 if self._told else max(1, min(steps, (kind.kv_tokens - self.memory) // decoding))
+        steps = max(1, min(steps, (kind.kv_tokens - self.memory) // decoding))
         return self._decode_s(decoding, context + decoding * (steps - 1) / 2), steps
 
     def _decode_s(self, sequences: int, context: float) -> float:
