@@ -21,6 +21,11 @@ KINDS = ("float32", "bfloat16", "int8")
 SHAPES = ((1, 1), (3, 7), (5, 8), (6, 31), (11, 32), (21, 33), (40, 64), (64, 576), (41, 1100), (333, 1537))
 
 
+def native_paths() -> tuple[str, ...]:
+    library = native_calls.library()
+    return () if library is None else native_calls.paths(library)
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Torch's own work here is too small to share; calls that share say so."""
@@ -42,13 +47,15 @@ def plain_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return ctypes.CDLL(str(target))
 
 
-@pytest.fixture(params=["native", "reference"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Each way on a CPU."""
+@pytest.fixture(params=["amx", "avx512", "avx2", "reference"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each way on a CPU; those for bfloat16 leave float32 to AVX2."""
     if request.param == "reference":
         monkeypatch.setattr(native_calls, "library", lambda: None)
-    elif not is_native():
-        pytest.skip("the native kernels were not built (no g++?), or this processor lacks AVX2 or FMA")
+    elif request.param not in native_paths():
+        pytest.skip(f"the native kernels were not built (no g++?), or this processor has no {request.param}")
+    else:
+        monkeypatch.setattr(native_calls, "paths", lambda _: (request.param, "avx2"))
     return request.param
 
 
@@ -90,7 +97,7 @@ def test_a_row_is_the_same_bit_for_bit_whatever_is_beside_it(path: str, kind: st
     channels, inputs = 101, 2500
     packed, bias, x = weights(kind, channels, inputs), rows_of(1, channels, dtype, 2)[0], rows_of(33, inputs, dtype)
     alone = torch.cat([linear(x[i : i + 1], packed, bias, threads=1) for i in range(len(x))])
-    for count in (2, 3, 4, 5, 7, 8, 31, 32, 33):
+    for count in (*range(2, 10), 15, 16, 17, 31, 32, 33):
         for threads in (1, 2, 3):
             assert torch.equal(linear(x[:count], packed, bias, threads=threads), alone[:count])
     other = torch.full_like(x, float("nan"))
