@@ -1,6 +1,6 @@
 // Linear layers in AMX-BF16: a tile of weights, 16 channels of 32 elements of k, is loaded from the rows that they lie in and
-// multiplied by 16 rows of x, which are put into the order of the instruction once a call. int8 weights are widened, exactly,
-// to bfloat16 on the way, 64 elements of k at a time.
+// multiplied by 16 rows of x, which are put into the order of the instruction once a call. int8 weights become bfloat16 on the
+// way, exactly, 64 elements of k at a time.
 //
 // A sum belongs to one (m, n) and takes in k tile by tile, in order. The instruction takes denormal numbers for zeros, in what
 // it multiplies and in its sums.
@@ -10,7 +10,7 @@
 #include "linear.h"
 
 #if !defined(__x86_64__) || !defined(__linux__) || defined(JOINWISE_PLAIN) || !defined(__GNUC__) || \
-    (!defined(__clang__) && __GNUC__ < 11)
+    (!defined(__clang__) && __GNUC__ < 12)
 
 bool joinwise::verify_gemm::amx_runs() { return false; }
 bool joinwise::verify_gemm::amx_linear(const Call&) { return false; }
@@ -24,8 +24,8 @@ bool joinwise::verify_gemm::amx_linear(const Call&) { return false; }
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
-#define INLINE __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16"), always_inline)) inline
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,avx512fp16")))
+#define INLINE __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,avx512fp16"), always_inline)) inline
 
 namespace joinwise::verify_gemm {
 namespace {
@@ -36,7 +36,9 @@ constexpr Size kBlock = 2 * kTile;       // rows at once
 constexpr Size kStep = 32;               // elements of k in a tile
 constexpr Size kTileBytes = 1024;        // of bfloat16
 constexpr Size kWide = 2 * kTileBytes;   // bytes of a panel's two tiles
-constexpr Size kArranged = 3 << 19;      // bytes of x that are arranged at once: what the L2 cache holds beside a panel
+constexpr Size kMade = 4, kAhead = 2;    // panels' steps of int8 weights that are kept widened, of them not yet multiplied
+constexpr Size kNear = 128;              // bytes from int8 weights to those that the L1 cache should fetch
+constexpr Size kArranged = 3 << 19;      // bytes of x that are arranged at once: the L2 cache holds them beside a panel
 
 // Tiles: sums of rows 0-15 and 16-31 with either half of a panel, both halves, both blocks of rows.
 enum Register : int { kSums = 0, kWeights = 4, kRows = 6 };
@@ -105,24 +107,30 @@ struct Job {
 struct Panel {
     Size channel, channels, apart, steps;
     const Byte* weights;
+    const Byte* soon;  // the weights that are wanted next
     Byte* rest;  // 32 rows of 64 bytes; null if there is no rest
 };
 
-// 64 int8 weights of each channel of a panel into tiles of bfloat16, two for either half of it. Pairs are made of elements i
-// and i + 16: then a pair is one float32 and the upper half of another.
+// 64 int8 weights of each channel of a panel into tiles of bfloat16, two for either half of it: the first takes every other
+// run of 8 weights, and all are 256 times as large (`finish` mends that). A multiple of 256 in float16 has its exponent's
+// highest bit set or is zero; shift the rest of the exponent and the fraction to where bfloat16 has them, and it is done.
 INLINE void widen(const Panel& panel, Size step, Byte* to) {
     const bool whole = step < panel.steps;
     if (!whole && !(panel.rest && step == panel.steps)) return;
     const Byte* from = whole ? panel.weights + 64 * step : panel.rest;
     const Size apart = whole ? panel.apart : 64;
-    for (Size row = 0; row < panel.channels; ++row, from += apart, to += 64) {
+    const Byte* soon = panel.soon + 64 * step * kPanel;
+    const __m512i low = _mm512_set1_epi16(0x07ff), high = _mm512_set1_epi16(static_cast<short>(0xc000));
+    for (Size row = 0; row < panel.channels; ++row, from += apart, to += 64, soon += 64) {
+        _mm_prefetch(reinterpret_cast<const char*>(soon), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(from + kNear), _MM_HINT_T0);
+        const __m512i codes = _mm512_loadu_si512(from), zero = _mm512_setzero_si512();
+        const __m512i bytes[2] = {_mm512_unpacklo_epi8(zero, codes), _mm512_unpackhi_epi8(zero, codes)};
         for (int tile = 0; tile < 2; ++tile) {
-            const auto at = reinterpret_cast<const __m128i*>(from + kStep * tile);
-            const __m512 first = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(at)));
-            const __m512 second = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(at + 1)));
-            const __m512i pairs =
-                _mm512_or_si512(_mm512_srli_epi32(_mm512_castps_si512(first), 16), _mm512_castps_si512(second));
-            _mm512_store_si512(to + kWide * tile, pairs);
+            const __m512i half = _mm512_castph_si512(_mm512_cvtepi16_ph(bytes[tile]));
+            const __m512i lower = _mm512_and_si512(_mm512_srli_epi16(half, 3), low);
+            const __m512i made = _mm512_ternarylogic_epi32(half, lower, high, 0xec);  // half & high | lower
+            _mm512_store_si512(to + kWide * tile, made);
         }
     }
 }
@@ -157,7 +165,7 @@ AVX512 void finish(const Call& call, const float* sums, Size stride, Size row, S
     const __m512i lanes = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
                                              _mm512_set1_epi32(static_cast<int>(stride)));
     __m512 scale = _mm512_set1_ps(1.0f), bias = _mm512_setzero_ps();
-    if (call.scale) scale = _mm512_maskz_loadu_ps(here, call.scale + channel);
+    if (call.scale) scale = _mm512_mul_ps(_mm512_maskz_loadu_ps(here, call.scale + channel), _mm512_set1_ps(1.0f / 256));
     if (call.bias) {
         const __m256i narrow = _mm256_maskz_loadu_epi16(here, call.bias + 2 * channel);
         bias = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
@@ -177,7 +185,7 @@ AVX512 void finish(const Call& call, const float* sums, Size stride, Size row, S
 // A block of up to 32 rows with a panel.
 template <Number kNumbers, int R, int C>
 AVX512 void block(const Job& job, const Panel& panel, const Byte* wide, Size first) {
-    alignas(64) Byte made[2][2 * kWide];
+    alignas(64) Byte made[kMade][2 * kWide];
     alignas(64) float sums[2 * R][kTile * kTile];
     const Size x_apart = 4 * job.columns, x_tile = kTile * x_apart, block = job.tiles * x_tile;
     const Byte* x = job.x + first / kTile * block;
@@ -191,10 +199,10 @@ AVX512 void block(const Job& job, const Panel& panel, const Byte* wide, Size fir
     } else if (wide) {
         take_in<R, C>({wide, 64, kWide}, job.tiles, x, x_apart, block);
     } else {
-        widen(panel, 0, made[0]);
+        for (Size step = 0; step < kAhead; ++step) widen(panel, step, made[step % kMade]);
         for (Size step = 0; step < job.tiles / 2; ++step, x += 2 * x_tile) {
-            widen(panel, step + 1, made[(step + 1) % 2]);  // while those of this step are multiplied
-            take_in<R, C>({made[step % 2], 64, kWide}, 2, x, x_apart, block);
+            widen(panel, step + kAhead, made[(step + kAhead) % kMade]);  // while those of this step are multiplied
+            take_in<R, C>({made[step % kMade], 64, kWide}, 2, x, x_apart, block);
         }
     }
     store<kSums>(sums[0], x_apart);
@@ -209,11 +217,11 @@ AVX512 void block(const Job& job, const Panel& panel, const Byte* wide, Size fir
 }
 
 template <Number kNumbers>
-AVX512 void panel(const Job& job, Size channel, Size channels, Byte* wide) {
+AVX512 void panel(const Job& job, Size channel, Size channels, Size next, Byte* wide) {
     const Call& call = *job.call;
     constexpr Size width = width_of(kNumbers);
     alignas(64) Byte rest[kPanel][64] = {};
-    Panel made{channel, channels, call.k * width, call.k * width / 64, call.weights + channel * call.k * width, nullptr};
+    Panel made{channel, channels, call.k * width, call.k * width / 64, call.weights + channel * call.k * width, call.weights + next * call.k * width, nullptr};
     if (const Size over = call.k * width % 64) {
         for (Size row = 0; row < channels; ++row)
             std::memcpy(rest[row], made.weights + row * made.apart + 64 * made.steps, static_cast<std::size_t>(over));
@@ -230,6 +238,11 @@ AVX512 void panel(const Job& job, Size channel, Size channels, Byte* wide) {
     }
 }
 
+// The first `left` of 32 elements of 2 bytes, and zeros.
+INLINE __m512i some(const Byte* at, Size left) {
+    return _mm512_maskz_loadu_epi16(left >= 32 ? ~0u : left <= 0 ? 0u : (1u << left) - 1, at);
+}
+
 // Rows of x as tiles: pairs of k below each other, as `widen` makes them; zeros behind k and behind the last row.
 template <Number kNumbers>
 AVX512 void arrange(const Job& job, Byte* out) {
@@ -237,16 +250,18 @@ AVX512 void arrange(const Job& job, Byte* out) {
     const Size apart = 4 * job.columns, rows = (job.rows + job.columns - 1) / job.columns * job.columns;
     const __m512i lanes = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
                                              _mm512_set1_epi32(static_cast<int>(apart)));
-    const __m512i halves = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                            5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     for (Size row = 0; row < rows; ++row) {
         const Byte* x = call.x + 2 * (job.row + row) * call.k;
         Byte* to = out + row / job.columns * job.tiles * kTile * apart + row % job.columns * 4;
         for (Size tile = 0; tile < job.tiles; ++tile, to += kTile * apart) {
-            const Size left = std::clamp<Size>(call.k - tile * kStep, 0, kStep);
-            const __mmask32 here = row >= job.rows ? 0 : left == kStep ? ~0u : (1u << left) - 1;
-            __m512i values = _mm512_maskz_loadu_epi16(here, x + 2 * kStep * tile);
-            if constexpr (kNumbers == kInt8) values = _mm512_permutexvar_epi16(halves, values);
+            const Size left = row < job.rows ? call.k - tile * kStep : 0;
+            __m512i values = some(x + 2 * kStep * tile, left);
+            if constexpr (kNumbers == kInt8) {
+                if (tile % 2 == 0)
+                    values = _mm512_shuffle_i64x2(values, some(x + 2 * kStep * (tile + 1), left - kStep), 0x88);
+                else
+                    values = _mm512_shuffle_i64x2(some(x + 2 * kStep * (tile - 1), left + kStep), values, 0xdd);
+            }
             _mm512_i32scatter_epi32(to, lanes, values, 1);
         }
     }
@@ -265,10 +280,11 @@ struct Shared {
         Shapes before;
         before.keep();
         shapes(kPanel, job.columns).use();
-        for (Size begin; (begin = shared.next.fetch_add(kPanel)) < channels;) {
+        for (Size begin = shared.next.fetch_add(kPanel), soon; begin < channels; begin = soon) {
+            soon = shared.next.fetch_add(kPanel);
             const Size here = std::min(kPanel, channels - begin);
             if (here < kPanel) shapes(here, job.columns).use();  // the last panel
-            panel<kNumbers>(job, begin, here, wide);
+            panel<kNumbers>(job, begin, here, soon < channels ? soon : begin, wide);
         }
         before.use();
     }
@@ -300,7 +316,7 @@ bool linear(const Call& call) {
 // Whether processor and system know tiles and bfloat16 in them; AVX512-BF16 has been looked for.
 bool has_tiles() {
     unsigned a, b, c, d, low, high;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & 1u << 22) || !(d & 1u << 24)) return false;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || ~d & (1u << 22 | 1u << 23 | 1u << 24)) return false;
     if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & 1u << 27)) return false;
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     return (low >> 17 & 3u) == 3u;
