@@ -254,7 +254,7 @@ AVX512 void arrange(const Job& job, Byte* out) {
         const Byte* x = call.x + 2 * (job.row + row) * call.k;
         Byte* to = out + row / job.columns * job.tiles * kTile * apart + row % job.columns * 4;
         for (Size tile = 0; tile < job.tiles; ++tile, to += kTile * apart) {
-            const Size left = row < job.rows ? call.k - tile * kStep : 0;
+            const Size left = row < job.rows ? call.k - tile * kStep : -kStep;  // here and in the tile before
             __m512i values = some(x + 2 * kStep * tile, left);
             if constexpr (kNumbers == kInt8) {
                 if (tile % 2 == 0)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -154,6 +156,29 @@ def test_paths_for_bfloat16_take_denormal_numbers_for_zeros(path: str) -> None:
     tiny = torch.full((1, 8), 2.0**-130, dtype=torch.bfloat16)
     y = linear(tiny, pack(torch.full((3, 8), 2.0**20).bfloat16()))
     assert y.tolist() == [[0.0 if path in ("amx", "avx512") else 2.0**-107] * 3]
+
+
+def at_the_edge(values: torch.Tensor) -> torch.Tensor:
+    """The same where the next byte belongs to nobody."""
+    page = mmap.PAGESIZE
+    room = -(-values.nbytes // page) * page
+    memory = mmap.mmap(-1, room + page)
+    begin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(begin + room), ctypes.c_size_t(page), 0) == 0
+    at = torch.frombuffer(memory, dtype=values.dtype, count=values.numel(), offset=room - values.nbytes)
+    return at.view(values.shape).copy_(values)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("inputs", [1, 33, 64, 129])
+@pytest.mark.skipif(sys.platform != "linux", reason="guards a page by Linux's mprotect")
+def test_nothing_behind_x_and_weights_is_read(path: str, kind: str, inputs: int) -> None:
+    made = weights(kind, 37, inputs)
+    packed = Packed(at_the_edge(made.weight), None if made.scale is None else at_the_edge(made.scale))
+    for count in (1, 3, 17, 38):
+        x = rows_of(count, inputs, torch.bfloat16)
+        bias = rows_of(1, 37, torch.bfloat16)[0]
+        assert torch.equal(linear(at_the_edge(x), packed, at_the_edge(bias)), linear(x, made, bias))
 
 
 def test_every_int8_weight_becomes_what_it_is(path: str) -> None:
