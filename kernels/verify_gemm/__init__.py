@@ -4,13 +4,14 @@
     packed = pack(weight, int8=True) # a signed byte each, and a float32 scale for each output channel
     y = linear(x, packed, bias)      # x @ weight.T + bias
 
-So few rows cost little more than reading the weights once; these are read in their own order, row after row, and
-widened to float32 in registers. There is no second copy, and any number of rows is served. Activations stay as they
-are, also with int8 weights (weight-only): products and sums are float32, and the result is rounded once, to the type
-of `x`.
+So few rows cost little more than reading the weights once; these are read in their own order, row after row. There is
+no second copy, and any number of rows is served. Activations stay as they are, also with int8 weights (weight-only):
+sums are float32, and the result is rounded once, to the type of `x`.
 
-**A row's result depends on that row alone**: not on its neighbours, their number, or the threads. Two paths differ from
-each other by rounding: native code for AVX2 with FMA, else `reference.py`. There is none for AVX512 or AMX yet.
+**A row's result depends on that row alone**: not on its neighbours, their number, or the threads. Paths differ from
+each other by rounding. Of native code, picked when it runs, there is AMX-BF16 (`amx.cpp`), AVX512-BF16 (`avx512.cpp`)
+and AVX2 with FMA (`avx2.cpp`); else `reference.py` computes. The first two are for `x` in bfloat16 with weights in
+bfloat16 or int8, and take denormal numbers for zeros; whatever has float32 in it goes to AVX2, on every processor.
 Native code runs without the GIL, on the threads that torch has; several calls may run at once.
 """
 

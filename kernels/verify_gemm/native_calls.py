@@ -10,11 +10,9 @@ import torch
 from joinwise.kernels import native
 from joinwise.kernels.verify_gemm.packed import Packed
 
-# As `gemm.cpp` counts them.
+# As `linear.h` and `gemm.cpp` count them.
 _NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-# Rows that are held in float32 at a time, and what their length is rounded up to.
-_ROWS_AT_ONCE = 32
-_STEP = 32
+_PATHS = ("avx2", "avx512", "amx")
 
 
 def library() -> ctypes.CDLL | None:
@@ -26,11 +24,23 @@ def library() -> ctypes.CDLL | None:
 @functools.cache
 def _declared(found: ctypes.CDLL) -> ctypes.CDLL | None:
     address, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    found.joinwise_linear_runs.restype, found.joinwise_linear_runs.argtypes = number, []
-    found.joinwise_linear.restype = None
-    found.joinwise_linear.argtypes = [number, number, *[address] * 6, *[size] * 5, address]
+    found.joinwise_linear_paths.restype, found.joinwise_linear_paths.argtypes = number, []
+    found.joinwise_linear.restype = number
+    found.joinwise_linear.argtypes = [number, number, number, *[address] * 5, *[size] * 4, address]
     found.joinwise_read.restype, found.joinwise_read.argtypes = None, [address, size, size, address]
-    return found if found.joinwise_linear_runs() else None
+    return found if "avx2" in paths(found) else None
+
+
+@functools.cache
+def paths(lib: ctypes.CDLL) -> tuple[str, ...]:
+    """What runs on this processor, the best first: `amx`, `avx512` (both with bfloat16), `avx2` (with FMA)."""
+    found = lib.joinwise_linear_paths()
+    return tuple(path for bit, path in reversed(list(enumerate(_PATHS))) if found >> bit & 1)
+
+
+def path_of(lib: ctypes.CDLL, dtype: torch.dtype, weights: torch.dtype) -> str:
+    """The path that computes rows of `dtype` with such weights: float32, of either, is AVX2's."""
+    return "avx2" if torch.float32 in (dtype, weights) else paths(lib)[0]
 
 
 @functools.cache
@@ -46,27 +56,30 @@ def _team() -> int | None:
 
 
 def linear(lib: ctypes.CDLL, x: torch.Tensor, packed: Packed, bias: torch.Tensor | None, threads: int) -> torch.Tensor:
-    """See `verify_gemm.linear`: [rows, inputs] to [rows, channels]."""
+    """See `verify_gemm.linear`: [rows, inputs] to [rows, channels].
+
+    Raises:
+        MemoryError: none is left to put `x` in order.
+    """
     (rows, inputs), (channels, _) = x.shape, packed.weight.shape
     y = torch.empty(rows, channels, dtype=x.dtype)
-    stride = -(-inputs // _STEP) * _STEP
-    wide = torch.empty(min(rows, _ROWS_AT_ONCE) * stride)
-    lib.joinwise_linear(
+    done = lib.joinwise_linear(
+        _PATHS.index(path_of(lib, x.dtype, packed.weight.dtype)),
         _NUMBERS[packed.weight.dtype],
         _NUMBERS[x.dtype],
         packed.weight.data_ptr(),
         None if packed.scale is None else packed.scale.data_ptr(),
         None if bias is None else bias.data_ptr(),
         x.data_ptr(),
-        wide.data_ptr(),
         y.data_ptr(),
         rows,
-        stride,
         channels,
         inputs,
         threads,
         _team(),
     )
+    if not done:
+        raise MemoryError(f"{rows} rows of {inputs} inputs in the order of a kernel")
     return y
 
 
