@@ -151,15 +151,16 @@ def goodput(
     from joinwise.actors.bench import report
     from joinwise.actors.bench.goodput import figures_of, parse, run
 
-    before = report.rows_of(json, "goodput") if json is not None and json.exists() else []
+    kept = report.rows_of(json, "goodput") if json is not None and json.exists() else []
+    how = "two engines on one core each on every side, idle while another is measured; the client on the same cores"
     with _progress() as say:
-        rows = run([parse(each) for each in trace], requests, seeds, say)
-    rows = [row for row in before if row["trace"] not in {each["trace"] for each in rows}] + rows
-    figures = figures_of(rows)
+        for rows in run([parse(each) for each in trace], requests, seeds, say):
+            kept = [row for row in kept if row["trace"] != rows[0]["trace"]] + rows
+            figures = figures_of(kept)
+            if json is not None:
+                described = report.machine(sides=how, requests=requests, seeds=seeds)
+                report.write(json, "goodput", figures, kept, described)
     _show_figures("goodput", figures)
-    if json is not None:
-        how = "two engines on one core each on every side, idle while another is measured; the client on the same cores"
-        report.write(json, "goodput", figures, rows, report.machine(sides=how, requests=requests, seeds=seeds))
 
 
 @bench.command()

@@ -25,7 +25,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,8 +72,10 @@ class Limits:
         return answer.times[0] <= self.ttft_s and (not gaps or statistics.fmean(gaps) <= self.tpot_s)
 
 
-def run(traces: Sequence[tuple[Trace, float, float]], requests: int, seeds: int, say: Say) -> list[dict[str, Any]]:
-    """Run the benchmark.
+def run(
+    traces: Sequence[tuple[Trace, float, float]], requests: int, seeds: int, say: Say
+) -> Iterator[list[dict[str, Any]]]:
+    """Run the benchmark, one trace after another.
 
     Args:
         traces: each with the factors of its prompts' and answers' lengths.
@@ -81,21 +83,19 @@ def run(traces: Sequence[tuple[Trace, float, float]], requests: int, seeds: int,
         seeds: of requests and their arrivals.
         say: is told what happens.
 
-    Returns:
-        A row for each trace, rate, side and seed.
+    Yields:
+        For each trace a row for each rate, side and seed.
 
     Raises:
         ConfigError: `vllm-router` is not on the PATH.
     """
     if shutil.which("vllm-router") is None:
         raise ConfigError("vllm-router is not on the PATH: pip install vllm-router")
-    rows: list[dict[str, Any]] = []
     with ExitStack() as stack, tempfile.TemporaryDirectory(prefix="joinwise-bench-") as folder:
         urls, alone = _start(stack, Path(folder), say)
         for trace, prompt, output in traces:
             scaled = trace.scaled(prompt=prompt, output=output)
-            rows += asyncio.run(_measure(scaled, urls, alone, requests, seeds, say))
-    return rows
+            yield asyncio.run(_measure(scaled, urls, alone, requests, seeds, say))
 
 
 def parse(text: str) -> tuple[Trace, float, float]:
