@@ -188,7 +188,8 @@ def simulated(trace: Trace, pools: Sequence[PoolSpec], profile: Profile, beside:
     """What a client of the simulated cluster would see."""
     kinds = {name: replace(kind, send_s=beside.send_s) for name, kind in profile.kinds.items()}
     policy = "always" if len({pool.home for pool in pools}) > 1 else "auto"
-    jobs = simulate(trace, pools, Profile(profile.model, kinds, profile.reference), policy=policy).outcome.jobs
+    known = Profile(profile.model, kinds, profile.reference)
+    jobs = simulate(trace, pools, known, policy=policy, moves=False).outcome.jobs
     return [times_of(beside.front_s + job.ttft, beside.front_s + job.e2e, job.arrival.output) for job in jobs]
 
 

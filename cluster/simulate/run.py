@@ -55,6 +55,7 @@ def simulate(
     server: EmbeddedRedis | None = None,
     failures: Sequence[Failures] = (),
     bounds: Sequence[Bounds] = (),
+    moves: bool = True,
 ) -> Result:
     """Run a trace through a cluster.
 
@@ -65,6 +66,7 @@ def simulate(
         server: a Redis for the live router; without one it starts its own.
         failures: machines that die.
         bounds: pools that scale, with a policy of `LIVE` and without failures.
+        moves: whether a policy of `LIVE` pulls workers of one pool into another's work.
 
     Raises:
         ConfigError: an unknown model, policy or kind, requests that no machine could hold, failures of machines that
@@ -85,7 +87,7 @@ def simulate(
             trace, pools, profile, assumed, lambda run: POLICIES[policy](run.engines, seed), outages
         ).run()
     elif policy in LIVE:
-        settings = RouterConfig(split=LIVE[policy], max_pending_tokens=1 << 30)
+        settings = RouterConfig(split=LIVE[policy], moves=moves, max_pending_tokens=1 << 30)
         with ExitStack() as stack:
             if server is None:
                 server = EmbeddedRedis.start()

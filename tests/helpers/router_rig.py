@@ -20,7 +20,10 @@ def demand(prompt: int = 100, new: int = 10, **changes: object) -> Demand:
 
 
 class Bench:
-    """One gateway's view of one cluster; `changes` are router settings, and `wakes` of the router."""
+    """One gateway's view of one cluster; `changes` are router settings, and `wakes` of the router.
+
+    A neighbour's delay counts as one's own, so that costs are whole numbers.
+    """
 
     def __init__(
         self,
@@ -32,7 +35,7 @@ class Bench:
         wakes: dict[str, float] | None = None,
         **changes: Any,
     ) -> None:
-        base = {"max_pending_tokens": 1000, "lease_s": 10, "worker_ttl_s": 5, "split": "always"}
+        base = {"max_pending_tokens": 1000, "lease_s": 10, "worker_ttl_s": 5, "split": "always", "gap_weight": 1.0}
         self.settings = RouterConfig(**{**base, **changes})  # type: ignore[arg-type]
         self.client, self.cluster, self.clock, self._make = client, cluster, clock, make
         self.registry = Registry(client, cluster, self.settings, clock)
