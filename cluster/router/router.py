@@ -34,6 +34,7 @@ __all__ = ["Assignment", "Demand", "Held", "Router", "Running", "Terms", "Worker
 _EXPIRE_BATCH = 256
 _WAKE_POLL_S = 0.2
 _AT_ONCE = 32  # decisions, or endings, in one call: Redis answers nobody else meanwhile
+_LINGER_S = 0.01  # first tokens come several in a step of an engine
 _LEASE = ("common", "load", "lease")
 _ENDING = (*_LEASE, "tenants", "leases")
 _ROUTING = (*_LEASE, "tenants", "queue", "pick", "pools", "plan", "explain", "sessions")
@@ -75,6 +76,7 @@ class Router:
         self._lines = Lines()
         self._deciding = Together(self._decide, _AT_ONCE)
         self._settling = Together(self._settle, _AT_ONCE)
+        self._computed = Together(self._give_back, _AT_ONCE, linger_s=_LINGER_S)
         self._abandoned: set[asyncio.Task[None]] = set()
 
     async def route(self, demand: Demand) -> Assignment:
@@ -151,11 +153,13 @@ class Router:
     async def prefill_done(self, assignment: Assignment) -> bool:
         """Give the prefill worker its tokens back: the first token is out. False if that was done before."""
         with store_errors(f"releasing the prefill part of lease {assignment.lease_id}"):
-            done = bool(
-                await self._scripts.run("prefill_done", assignment.lease_id, assignment.lease_epoch, preludes=_LEASE)
-            )
+            done = await self._computed.ask(assignment)
         self._lines.room()
         return done
+
+    async def _give_back(self, computed: Sequence[Assignment]) -> list[bool]:
+        words = [part for each in computed for part in (each.lease_id, each.lease_epoch)]
+        return list(map(bool, await self._scripts.run("prefill_done", *words, preludes=_LEASE)))
 
     async def renew(self, assignments: Iterable[Assignment]) -> list[str]:
         """Extend leases, all in one call. Returns the ids of those that have expired or were settled."""

@@ -27,11 +27,15 @@ class Together(Generic[Item, Answer]):
         call: asks for several, and gives as many answers in the same order. It may be repeated for the same asks: an
             ask that Redis refuses must not fail its neighbours, so each of them is then asked for by itself.
         most: asks in one call.
+        linger_s: seconds that a call waits for others to join it, where nobody hurries.
     """
 
-    def __init__(self, call: Callable[[Sequence[Item]], Awaitable[Sequence[Answer]]], most: int) -> None:
+    def __init__(
+        self, call: Callable[[Sequence[Item]], Awaitable[Sequence[Answer]]], most: int, *, linger_s: float = 0.0
+    ) -> None:
         self._call = call
         self._most = most
+        self._linger_s = linger_s
         self._waiting: deque[tuple[Item, asyncio.Future[Answer]]] = deque()
         self._task: asyncio.Task[None] | None = None
         self._over = asyncio.Event()
@@ -53,6 +57,8 @@ class Together(Generic[Item, Answer]):
     async def _serve(self) -> None:
         try:
             while self._waiting:
+                if self._linger_s:
+                    await asyncio.sleep(self._linger_s)
                 count = min(self._most, len(self._waiting))
                 await self._serve_some([self._waiting.popleft() for _ in range(count)])
         except asyncio.CancelledError:  # the loop ends
