@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from joinwise.actors.models import LocalModel
@@ -28,6 +28,7 @@ from joinwise.cluster.errors import ConfigError
 
 VERSION = 1
 MOST_BLOCKS = 6
+BUILT_IN = Path(__file__).parent / "heads"
 _STREAM = 8.0
 WEIGHTS, CONFIG = "head.safetensors", "head.json"
 _EMBEDDINGS, _OUTPUT, _NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
@@ -218,15 +219,21 @@ class DovetailHead(nn.Module):
 
 
 def save_head(head: DovetailHead, folder: Path, target: LocalModel) -> None:
-    """Write a head, each file whole or not at all."""
+    """Write a head, each file whole or not at all. Weights are stored as bfloat16: a guess needs no more."""
     folder.mkdir(parents=True, exist_ok=True)
     draft = folder / f".{WEIGHTS}"
-    save_file({name: each.contiguous() for name, each in head.trained().items()}, draft)
+    draft.write_bytes(save({name: each.to(torch.bfloat16).contiguous() for name, each in head.trained().items()}))
     draft.replace(folder / WEIGHTS)
     facts = {"version": VERSION, "target": target.name, "target_digest": target.digest, **asdict(head.shape)}
     draft = folder / f".{CONFIG}"
     draft.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     draft.replace(folder / CONFIG)
+
+
+def head_folder(name: str) -> Path:
+    """Where the head is that a configuration names: one that joinwise brings, or a folder."""
+    built_in = {each.name: each for each in BUILT_IN.iterdir()} if BUILT_IN.is_dir() else {}
+    return built_in.get(name, Path(name))
 
 
 def load_head(folder: Path, target: LocalModel, dtype: torch.dtype = torch.float32) -> DovetailHead:

@@ -42,6 +42,8 @@ def head(target: LocalModel, request: pytest.FixtureRequest) -> DovetailHead:
     with torch.no_grad():
         for weight in made.blocks.layers.parameters():  # loud enough that every input counts
             weight.mul_(8)
+        for weight in made.trained().values():  # as they are stored
+            weight.copy_(weight.bfloat16())
     return made.eval()
 
 
@@ -258,8 +260,10 @@ def test_a_head_from_its_folder_is_the_same(target: LocalModel, head: DovetailHe
         assert torch.equal(loaded(tokens, features, known), head(tokens, features, known))
         assert torch.equal(loaded.output(features), head.output(features))
     stored = (tmp_path / "new" / "head" / WEIGHTS).stat().st_size
-    assert stored < 4 * sum(each.numel() for each in head.trained().values()) + 4096  # nothing of the target's
+    assert stored < 2 * sum(each.numel() for each in head.trained().values()) + 4096  # nothing of the target's
     assert not any(name.startswith(("output", "embeddings")) for name in head.trained())
+    modes = {(tmp_path / "new" / "head" / name).stat().st_mode for name in (WEIGHTS, CONFIG)}
+    assert len(modes) == 1  # whoever may read the one may read the other
 
 
 def test_a_head_of_another_target_is_refused_naming_both(
