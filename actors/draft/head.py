@@ -14,6 +14,7 @@ not stored; a head works for the target alone that it was trained for, which it 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ MOST_BLOCKS = 6
 BUILT_IN = Path(__file__).parent / "heads"
 _STREAM = 8.0
 WEIGHTS, CONFIG = "head.safetensors", "head.json"
+_BIAS = "model.layers.0.self_attn.q_proj.bias"
 _EMBEDDINGS, _OUTPUT, _NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 
 
@@ -47,6 +49,7 @@ class HeadShape:
     max_position_embeddings: int
     rms_norm_eps: float
     rope_theta: float
+    attention_bias: bool = False
 
     @classmethod
     def like(cls, folder: Path, blocks: int) -> HeadShape:
@@ -69,8 +72,9 @@ class HeadShape:
                 max_position_embeddings=int(config["max_position_embeddings"]),
                 rms_norm_eps=float(config["rms_norm_eps"]),
                 rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
+                attention_bias=any(_BIAS in names for names in _names(folder)),  # Qwen2's configuration is silent
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise ConfigError(f"no draft head can be made for {folder}: its config.json: {error!r}") from error
 
 
@@ -216,6 +220,13 @@ class DovetailHead(nn.Module):
     def trained(self) -> dict[str, torch.Tensor]:
         """The weights that are its own, by name."""
         return {name: each.detach() for name, each in self.named_parameters() if each.requires_grad}
+
+
+def _names(folder: Path) -> Iterator[set[str]]:
+    """Of the tensors in each file of a model."""
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            yield set(tensors.keys())
 
 
 def save_head(head: DovetailHead, folder: Path, target: LocalModel) -> None:
