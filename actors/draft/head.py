@@ -14,13 +14,14 @@ not stored; a head works for the target alone that it was trained for, which it 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from joinwise.actors.models import LocalModel
@@ -28,8 +29,10 @@ from joinwise.cluster.errors import ConfigError
 
 VERSION = 1
 MOST_BLOCKS = 6
+BUILT_IN = Path(__file__).parent / "heads"
 _STREAM = 8.0
 WEIGHTS, CONFIG = "head.safetensors", "head.json"
+_BIAS = "model.layers.0.self_attn.q_proj.bias"
 _EMBEDDINGS, _OUTPUT, _NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 
 
@@ -46,6 +49,7 @@ class HeadShape:
     max_position_embeddings: int
     rms_norm_eps: float
     rope_theta: float
+    attention_bias: bool = False
 
     @classmethod
     def like(cls, folder: Path, blocks: int) -> HeadShape:
@@ -68,8 +72,9 @@ class HeadShape:
                 max_position_embeddings=int(config["max_position_embeddings"]),
                 rms_norm_eps=float(config["rms_norm_eps"]),
                 rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
+                attention_bias=any(_BIAS in names for names in _names(folder)),  # Qwen2's configuration is silent
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise ConfigError(f"no draft head can be made for {folder}: its config.json: {error!r}") from error
 
 
@@ -217,16 +222,29 @@ class DovetailHead(nn.Module):
         return {name: each.detach() for name, each in self.named_parameters() if each.requires_grad}
 
 
+def _names(folder: Path) -> Iterator[set[str]]:
+    """Of the tensors in each file of a model."""
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            yield set(tensors.keys())
+
+
 def save_head(head: DovetailHead, folder: Path, target: LocalModel) -> None:
-    """Write a head, each file whole or not at all."""
+    """Write a head, each file whole or not at all. Weights are stored as bfloat16: a guess needs no more."""
     folder.mkdir(parents=True, exist_ok=True)
     draft = folder / f".{WEIGHTS}"
-    save_file({name: each.contiguous() for name, each in head.trained().items()}, draft)
+    draft.write_bytes(save({name: each.to(torch.bfloat16).contiguous() for name, each in head.trained().items()}))
     draft.replace(folder / WEIGHTS)
     facts = {"version": VERSION, "target": target.name, "target_digest": target.digest, **asdict(head.shape)}
     draft = folder / f".{CONFIG}"
     draft.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     draft.replace(folder / CONFIG)
+
+
+def head_folder(name: str) -> Path:
+    """Where the head is that a configuration names: one that joinwise brings, or a folder."""
+    built_in = {each.name: each for each in BUILT_IN.iterdir()} if BUILT_IN.is_dir() else {}
+    return built_in.get(name, Path(name))
 
 
 def load_head(folder: Path, target: LocalModel, dtype: torch.dtype = torch.float32) -> DovetailHead:

@@ -9,7 +9,6 @@ import logging
 import os
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from prometheus_client import REGISTRY
@@ -159,7 +158,8 @@ class DraftWorker:
             raise ConfigError(f"pool {self._pool.name!r} cannot draft with {settings.model!r}: {error}") from error
         return LookupFirst(drafter) if settings.lookup else drafter, vocabulary, 0
 
-    def _load_head(self, settings: DraftConfig, folder: str) -> tuple[Drafter, Vocabulary, int]:
+    def _load_head(self, settings: DraftConfig, name: str) -> tuple[Drafter, Vocabulary, int]:
+        from joinwise.actors.draft.head import head_folder
         from joinwise.actors.draft.head_drafter import HeadDrafter
 
         served = self._config.model_named(self._pool.model)
@@ -167,7 +167,7 @@ class DraftWorker:
         vocabulary = Vocabulary.read(served.name, target.path)
         try:
             drafter = HeadDrafter.load(
-                Path(folder),
+                head_folder(name),
                 target,
                 settings.dtype,
                 slots=settings.slots,
@@ -176,7 +176,7 @@ class DraftWorker:
                 device=self._device,
             )
         except RuntimeError as error:
-            raise ConfigError(f"pool {self._pool.name!r} cannot draft with the head in {folder}: {error}") from error
+            raise ConfigError(f"pool {self._pool.name!r} cannot draft with the head {name!r}: {error}") from error
         return LookupFirst(drafter) if settings.lookup else drafter, vocabulary, drafter.hidden_size
 
     @property

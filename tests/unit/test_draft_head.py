@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.tiny_target import IDS, saved, tiny
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from joinwise.actors.draft.drafter import Ask
 from joinwise.actors.draft.head import (
@@ -42,6 +43,8 @@ def head(target: LocalModel, request: pytest.FixtureRequest) -> DovetailHead:
     with torch.no_grad():
         for weight in made.blocks.layers.parameters():  # loud enough that every input counts
             weight.mul_(8)
+        for weight in made.trained().values():  # as they are stored
+            weight.copy_(weight.bfloat16())
     return made.eval()
 
 
@@ -258,8 +261,10 @@ def test_a_head_from_its_folder_is_the_same(target: LocalModel, head: DovetailHe
         assert torch.equal(loaded(tokens, features, known), head(tokens, features, known))
         assert torch.equal(loaded.output(features), head.output(features))
     stored = (tmp_path / "new" / "head" / WEIGHTS).stat().st_size
-    assert stored < 4 * sum(each.numel() for each in head.trained().values()) + 4096  # nothing of the target's
+    assert stored < 2 * sum(each.numel() for each in head.trained().values()) + 4096  # nothing of the target's
     assert not any(name.startswith(("output", "embeddings")) for name in head.trained())
+    modes = {(tmp_path / "new" / "head" / name).stat().st_mode for name in (WEIGHTS, CONFIG)}
+    assert len(modes) == 1  # whoever may read the one may read the other
 
 
 def test_a_head_of_another_target_is_refused_naming_both(
@@ -287,6 +292,34 @@ def test_a_broken_head_is_refused(target: LocalModel, head: DovetailHead, tmp_pa
     (tmp_path / WEIGHTS).write_bytes((tmp_path / WEIGHTS).read_bytes()[:-100])
     with pytest.raises(ConfigError, match="cannot be read"):
         load_head(tmp_path, target)
+
+
+def test_a_target_whose_attention_adds_biases(tmp_path: Path) -> None:
+    """Qwen2's does to queries, keys and values, not to what comes out; its configuration does not say so."""
+    torch.manual_seed(7)
+    words = {"hidden_size": SIZE, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    words |= {"num_key_value_heads": 2, "vocab_size": IDS, "max_position_embeddings": 256}
+    model = Qwen2ForCausalLM(Qwen2Config(**words))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(".bias"):
+                weight.normal_()
+    folder = saved(tmp_path / "biased", model)
+    shape = HeadShape.like(folder, 2)
+    assert shape.attention_bias
+    head = DovetailHead(shape, TargetEnds.read(folder, torch.float32))
+    head.begin_like(folder)
+    for theirs, ours in zip(model.model.layers[1:], head.blocks.layers, strict=True):
+        for name in ("q_proj", "k_proj", "v_proj"):
+            assert torch.equal(getattr(ours.self_attn, name).bias, getattr(theirs.self_attn, name).bias)
+        assert not ours.self_attn.o_proj.bias.any()
+    target = LocalModel("biased", folder, "c" * 32)
+    save_head(head, tmp_path / "head", target)
+    assert torch.equal(
+        load_head(tmp_path / "head", target).blocks.layers[0].self_attn.k_proj.bias,
+        head.blocks.layers[0].self_attn.k_proj.bias.bfloat16().float(),
+    )
+    assert not HeadShape.like(saved(tmp_path / "plain", tiny()), 1).attention_bias
 
 
 def test_a_target_without_the_tensors_is_refused(tmp_path: Path) -> None:

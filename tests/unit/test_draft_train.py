@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +13,18 @@ import numpy as np
 import pytest
 import torch
 from helpers.tiny_target import IDS, saved, tiny
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from joinwise.actors.draft.drafter import Ask
 from joinwise.actors.draft.head import DovetailHead, HeadShape, TargetEnds, load_head
 from joinwise.actors.draft.head_drafter import HeadDrafter
 from joinwise.actors.draft.lookup import PromptLookup
+from joinwise.actors.draft.train.continuing import ATTENTION, go_on
 from joinwise.actors.draft.train.fitting import CHECKPOINT, Settings, Trainer
-from joinwise.actors.draft.train.measuring import measure
-from joinwise.actors.draft.train.prompts import read_prompts, split
+from joinwise.actors.draft.train.measuring import AT_ONCE, measure
+from joinwise.actors.draft.train.own_prompts import Asker, own_prompts
+from joinwise.actors.draft.train.prompts import Asked, read_prompts, split
 from joinwise.actors.draft.train.recording import Recorder, Recording, record
 from joinwise.actors.models import resolve_model
 from joinwise.cluster.cli.main import app
@@ -61,7 +65,7 @@ def fresh(folder: Path, blocks: int = 1) -> DovetailHead:
 
 
 def drafter(head: DovetailHead) -> HeadDrafter:
-    return HeadDrafter(head.eval(), slots=1, max_tokens=200, name="head", threads=1)
+    return HeadDrafter(head.eval(), slots=AT_ONCE, max_tokens=200, name="head", threads=1)
 
 
 # Prompts.
@@ -95,8 +99,19 @@ def test_no_prompt_is_in_both_parts_whatever_their_order() -> None:
     assert split(prompts[::-1], 0.25) == parts
     assert len(split(prompts, 0.001).held_out) == 1
     assert len(split(prompts, 0.999).train) == 1
-    few = split(prompts, 0.25, 8)
-    assert (len(few.train), len(few.held_out)) == (6, 2)
+    without = split(prompts, 0.25, parts.train[:4])
+    assert sorted([*without.train, *without.held_out]) == sorted(set(prompts) - set(parts.train[:4]))
+
+
+def test_what_is_measured_with_is_in_neither_part() -> None:
+    given, own = [f"given {each}" for each in range(12)], [f"own {each}" for each in range(9)]
+    asked = Asked(tuple(given), 0.25, 8, {"a": ("own 3", "elsewhere"), "b": (given[0],)})
+    parts = asked.with_own([*own, "elsewhere"])
+    found = [*parts.train, *parts.held_out]
+    assert not {"own 3", "elsewhere", given[0]} & set(found)
+    assert set(own) - {"own 3"} <= set(found)  # the limit is of those that are given
+    assert sum(each.startswith("given") for each in found) in (7, 8)
+    assert Asked((), 0.5).with_own(own).held_out
 
 
 def test_too_few_prompts() -> None:
@@ -116,8 +131,9 @@ def test_a_recording_is_what_the_target_says_and_thinks() -> None:
         with torch.inference_mode():
             logits = model(torch.from_numpy(found.tokens.astype(np.int64))[None]).logits[0]
             again = model.lm_head(torch.from_numpy(found.hidden.astype(np.float32)))
+        assert len(found.hidden) == len(found.tokens) - 1
         assert logits.argmax(-1)[found.prompt - 1 : -1].tolist() == found.tokens[found.prompt :].tolist()
-        torch.testing.assert_close(again, logits, atol=0.02, rtol=0.01)
+        torch.testing.assert_close(again, logits[:-1], atol=0.02, rtol=0.01)
 
 
 def test_an_answer_ends_where_it_ends() -> None:
@@ -129,8 +145,27 @@ def test_an_answer_ends_where_it_ends() -> None:
     assert len(other.tokens) - other.prompt <= 8
 
 
+def test_rows_that_are_over_disturb_no_other() -> None:
+    """They end one after the other, so that rows are cleared away again and again; heads share KV in `tiny`."""
+    model = tiny()
+    model.set_attn_implementation(ATTENTION)
+    texts = [encode(text(seed, 3 + 2 * seed)) for seed in range(9)]
+    ends = {each for each in range(IDS) if each % 9 == 4}
+    found = go_on(model, texts, lambda logits: logits.argmax(-1), ends=ends, most=12)
+    assert len({len(each.tokens) - len(given) for each, given in zip(found, texts, strict=True)}) > 3
+    plain = tiny()
+    for each, given in zip(found, texts, strict=True):
+        tokens = torch.tensor([given])
+        while tokens.shape[1] < len(given) + 12 and (tokens.shape[1] == len(given) or int(tokens[0, -1]) not in ends):
+            with torch.inference_mode():
+                states = plain.base_model(tokens).last_hidden_state
+                tokens = torch.cat([tokens, plain.lm_head(states[:, -1:]).argmax(-1)], 1)
+        assert each.tokens == tokens[0].tolist()
+        torch.testing.assert_close(each.hidden, states[0], atol=1e-4, rtol=1e-3)
+
+
 def test_recordings_are_made_once_and_go_on_where_they_were(tmp_path: Path) -> None:
-    prompts = [text(seed) for seed in range(20)]
+    prompts = [text(seed) for seed in range(70)]
     made: list[int] = []
 
     class Broken(Recorder):
@@ -145,7 +180,8 @@ def test_recordings_are_made_once_and_go_on_where_they_were(tmp_path: Path) -> N
     with pytest.raises(KeyboardInterrupt):
         record(lambda: Broken(tiny(), encode, [], answer_tokens=4), prompts, tmp_path, say)
     there = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.safetensors")}
-    assert len(there) == 16
+    assert len(there) == 64
+    assert len({file.stat().st_mode for file in [*there, _touched(tmp_path / "usual")]}) == 1  # others may read them
     found = record(lambda: Recorder(tiny(), encode, [], answer_tokens=4), prompts, tmp_path, say)
     assert [each.tokens[: each.prompt].tolist() for each in found] == [encode(prompt) for prompt in prompts]
     assert all(file.stat().st_mtime_ns == when for file, when in there.items())
@@ -153,6 +189,63 @@ def test_recordings_are_made_once_and_go_on_where_they_were(tmp_path: Path) -> N
     next(iter(there)).write_bytes(b"half")
     with pytest.raises(ConfigError, match="remove it, and it is made again"):
         record(lambda: pytest.fail("loaded"), prompts, tmp_path, say)
+
+
+def _touched(file: Path) -> Path:
+    file.touch()
+    return file
+
+
+# Prompts of the target's own.
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A target with a chat template, in which w2 ends what somebody says."""
+    folder = saved(tmp_path_factory.mktemp("chatty"), tiny())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for each in messages %}w1 {{ each['content'] }} w2 {% endfor %}"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def asker(folder: Path, *openings: str) -> Asker:
+    return Asker(tiny(), AutoTokenizer.from_pretrained(folder), openings or [""])
+
+
+def test_a_target_asks_itself(chatty: Path, tmp_path: Path) -> None:
+    def say(*_: object) -> None: ...
+
+    found = own_prompts(lambda: asker(chatty, "", "w7 w8"), 60, 3, tmp_path / "a", say)
+    assert len(set(found)) == len(found) == 60
+    assert all(len(each.split()) >= 4 and "w2" not in each.split() for each in found)
+    pieces = [json.loads(file.read_text()) for file in sorted((tmp_path / "a").iterdir())]
+    assert found == [prompt for piece in pieces for prompt in piece][:60]
+    assert all(each.startswith("w7 w8 ") for each in pieces[1])
+    assert not all(each.startswith("w7 w8 ") for each in pieces[0])
+    # Taken up again after the first piece, and with another seed.
+    (tmp_path / "b").mkdir()
+    shutil.copy(tmp_path / "a" / "00000.json", tmp_path / "b")
+    assert own_prompts(lambda: asker(chatty, "", "w7 w8"), 60, 3, tmp_path / "b", say) == found
+    assert own_prompts(lambda: pytest.fail("a model was loaded for nothing"), 60, 3, tmp_path / "b", say) == found
+    assert not set(own_prompts(lambda: asker(chatty), 60, 4, tmp_path / "c", say)) & set(pieces[0])
+    (tmp_path / "b" / "00001.json").write_text("[1]")
+    with pytest.raises(ConfigError, match=r"00001\.json cannot be read .*remove it, and it is made again"):
+        own_prompts(lambda: pytest.fail("loaded"), 60, 3, tmp_path / "b", say)
+
+
+def test_a_target_that_has_nothing_new_to_say(tmp_path: Path) -> None:
+    class Monotonous:
+        def piece(self, _seed: int, number: int) -> list[str]:
+            return ["the same as ever", f"one of {number % 3}"]
+
+    with pytest.raises(ConfigError, match="no more than 4 different prompts"):
+        own_prompts(Monotonous, 5, 0, tmp_path, lambda *_: None)  # type: ignore[arg-type]
+
+
+def test_a_target_without_a_chat_template_asks_nothing(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no chat template .*give --prompts"):
+        asker(folder)
 
 
 # Training.
@@ -246,6 +339,16 @@ def test_drafts_are_counted_as_greedy_verification_would() -> None:
     assert (worth.accepted_length, worth.tokens_per_round, worth.accepted_share) == (2.0, 2.5, 0.8)
 
 
+def test_answers_are_measured_alike_at_once_and_one_by_one(folder: Path, recordings: list[Recording]) -> None:
+    head = fresh(folder)
+    some = [*recordings, *recordings[:9]]
+    assert len(some) > AT_ONCE
+    at_once, singly = measure(drafter(head), some, 3), [measure(drafter(head), [each], 3) for each in some]
+    assert at_once.rounds == sum(each.rounds for each in singly)
+    assert at_once.tokens == sum(each.tokens for each in singly)
+    assert at_once.right == [sum(each.right[depth] for each in singly) for depth in range(3)]
+
+
 # The command.
 
 
@@ -288,12 +391,36 @@ def test_the_command_trains_reports_and_goes_on(
     assert report == json.loads((out / "report.json").read_text())
     assert report["bench"] == "train-draft"
     assert report["figures"]["held_out_prompts"] == 2
-    assert {row["drafter"] for row in report["rows"]} == {"head", "lookup"}
+    assert {row["drafter"] for row in report["rows"]} == {"head", "lookup", "both"}
     assert all(row["rounds"] > 0 for row in report["rows"])
     assert load_head(out, resolve_model(str(folder))).shape.blocks == 1
     status, printed = run(*asked, "--resume")  # all is done: only measured again
     assert status == 0
     assert "lookup" in printed
+
+
+def test_the_command_trains_on_what_the_target_asks(
+    chatty: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JOINWISE_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "head"
+    asked = ["--target", chatty, "--own-prompts", 12, "--measure", prompts, "--out", out, "--steps", 5, "--seed", 3]
+    asked += ["--threads", 1, "--held-out", 0.25, "--answer-tokens", 6]
+    status, printed = run(*asked)
+    assert status == 0, printed
+    assert "held-out prompts" in printed
+    assert "prompts prompts" in printed  # by its file's name
+    report = json.loads((out / "report.json").read_text())
+    assert (report["figures"]["held_out_prompts"], report["figures"]["prompts_prompts"]) == (3, 8)
+    assert {(row["prompts"], row["drafter"]) for row in report["rows"]} == {
+        (name, drafts) for name in ("held-out", "prompts") for drafts in ("head", "lookup", "both")
+    }
+    assert report["figures"]["accepted_length_lookup_prompts"] >= 0
+    assert len(list((out / "answers").iterdir())) == 12 + 8
+    assert "was begun with own_prompts 12, not 13" in run(*asked, "--resume", "--own-prompts", 13)[1]
+    assert "was begun with openings" in run(*asked, "--resume", "--opening", "w1")[1]
+    prompts.write_text('{"prompt": "w1 w2"}')
+    assert "was begun with prompts" in run(*asked, "--resume")[1]
 
 
 def test_the_command_says_what_is_wrong(folder: Path, prompts: Path, tmp_path: Path) -> None:
@@ -308,6 +435,9 @@ def test_the_command_says_what_is_wrong(folder: Path, prompts: Path, tmp_path: P
 
     assert "cannot be read" in said({"--prompts": tmp_path / "none.jsonl"})
     assert "too few" in said({}, "--limit", 4)
+    assert "two kinds of prompts 'prompts'" in said({}, "--measure", prompts, "--measure", prompts)
+    (tmp_path / "empty.jsonl").touch()
+    assert "there are no prompts in" in said({}, "--measure", tmp_path / "empty.jsonl")
     assert "there is no model folder" in said({"--target": tmp_path / "nothing"})
     assert "no training was begun" in said({}, "--resume")
     assert "Invalid value" in said({"--blocks": 7})

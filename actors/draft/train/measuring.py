@@ -41,6 +41,25 @@ class Worth:
         return sum(self.right) / self.drafted if self.drafted else 0.0
 
 
+AT_ONCE = 16
+"""Answers that are drafted along at once: a drafter that reads its weights for many is quicker, and no other."""
+
+
+@dataclass(eq=False)
+class _Course:
+    """How far a drafter has come along one answer: up to `at`, and it was told the features up to `told`."""
+
+    number: int
+    recording: Recording
+    told: int
+    at: int
+
+    def ask(self, k: int, *, tell: bool = True) -> Ask:
+        text = self.recording.tokens
+        hidden = self.recording.hidden[self.told : self.at - 1] if tell else None
+        return Ask(self.number, text[: self.at], min(k, len(text) - self.at), hidden)
+
+
 def measure(drafter: Drafter, recordings: Sequence[Recording], k: int) -> Worth:
     """Let a drafter draft up to `k` tokens a round along each answer.
 
@@ -48,14 +67,16 @@ def measure(drafter: Drafter, recordings: Sequence[Recording], k: int) -> Worth:
     those that the target has verified. What it puts off is waited for.
     """
     worth = Worth(right=[0] * k)
-    for number, each in enumerate(recordings):
-        text, told, at = each.tokens, each.prompt - 1, each.prompt + 1
-        while at < len(text):
-            most = min(k, len(text) - at)
-            hidden = each.hidden[told : at - 1]
-            drafted = drafter.draft([Ask(number, text[:at], most, hidden)])[0]
-            while not drafted and drafter.catch_up():
-                drafted = drafter.draft([Ask(number, text[:at], most)])[0]
+    waiting = [
+        _Course(number, each, each.prompt - 1, each.prompt + 1)
+        for number, each in enumerate(recordings)
+        if len(each.tokens) > each.prompt + 1
+    ]
+    live: list[_Course] = []
+    while waiting or live:
+        live, waiting = live + waiting[: AT_ONCE - len(live)], waiting[AT_ONCE - len(live) :]
+        for course, drafted in zip(live, _drafts(drafter, live, k), strict=True):
+            text, at = course.recording.tokens, course.at
             right = 0
             while right < len(drafted) and drafted[right] == text[at + right]:
                 worth.right[right] += 1
@@ -64,6 +85,17 @@ def measure(drafter: Drafter, recordings: Sequence[Recording], k: int) -> Worth:
             worth.drafted += len(drafted)
             gained = min(right + 1, len(text) - at)
             worth.tokens += gained
-            told, at = at - 1, at + gained
-        drafter.forget(number)
+            course.told, course.at = at - 1, at + gained
+        for course in live:
+            if course.at >= len(course.recording.tokens):
+                drafter.forget(course.number)
+        live = [course for course in live if course.at < len(course.recording.tokens)]
     return worth
+
+
+def _drafts(drafter: Drafter, courses: Sequence[_Course], k: int) -> list[list[int]]:
+    drafts = drafter.draft([course.ask(k) for course in courses])
+    while (late := [at for at, ids in enumerate(drafts) if not ids]) and drafter.catch_up():
+        for at, ids in zip(late, drafter.draft([courses[at].ask(k, tell=False) for at in late]), strict=True):
+            drafts[at] = ids
+    return drafts

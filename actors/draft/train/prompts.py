@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from joinwise.cluster.errors import ConfigError
 
 _LEAST = 5
+HELD_OUT = "held-out"
+"""What the report calls the prompts that were kept from training; others go by their file's name."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,33 @@ class Split:
 
     train: tuple[str, ...]
     held_out: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What there is to train and to measure with, before the target has made any prompts.
+
+    Attributes:
+        prompts: to train on, and to keep some of.
+        share: of prompts that are kept, of these and of the target's own.
+        limit: of `prompts`, by `split`'s order.
+        measured: prompts by the name of their file, which are measured with and never trained on.
+    """
+
+    prompts: tuple[str, ...]
+    share: float
+    limit: int | None = None
+    measured: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def with_own(self, own: Sequence[str]) -> Split:
+        """Both parts of all prompts, the target's own among them.
+
+        Raises:
+            ConfigError: there are too few.
+        """
+        never = {prompt for some in self.measured.values() for prompt in some}
+        first = sorted(set(self.prompts), key=_place)[: self.limit]
+        return split([*first, *own], self.share, never)
 
 
 def read_prompts(files: Sequence[Path]) -> list[str]:
@@ -47,17 +76,21 @@ def read_prompts(files: Sequence[Path]) -> list[str]:
     return prompts
 
 
-def split(prompts: Sequence[str], share: float, limit: int | None = None) -> Split:
+def _place(prompt: str) -> bytes:
+    return hashlib.sha256(prompt.encode()).digest()
+
+
+def split(prompts: Sequence[str], share: float, never: Collection[str] = ()) -> Split:
     """Keep about so large a share of the prompts from training, whatever their order; each counts once.
 
     Args:
         share: above 0, below 1.
-        limit: take only so many, of all kinds.
+        never: prompts that are in neither part.
 
     Raises:
         ConfigError: there are too few.
     """
-    different = sorted(set(prompts), key=lambda prompt: hashlib.sha256(prompt.encode()).digest())[:limit]
+    different = sorted(set(prompts) - set(never), key=_place)
     if len(different) < _LEAST:
         raise ConfigError(
             f"{len(different)} different prompts are too few: some are trained on and some kept to see what the head "

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
+from joinwise.actors.draft.train.continuing import go_on
 from joinwise.actors.draft.train.saying import Say
 from joinwise.cluster.errors import ConfigError
 
-_AT_ONCE = 8
+_AT_ONCE = 32
 Encode = Callable[[str], list[int]]
 
 
@@ -31,7 +32,7 @@ class Recording:
     Attributes:
         tokens: of prompt and answer, int32, (n,).
         prompt: how many of them are the prompt's.
-        hidden: the target's last hidden state at each, float16, (n, size).
+        hidden: the target's last hidden state at each but the last, float16, (n - 1, size).
     """
 
     tokens: np.ndarray
@@ -43,7 +44,7 @@ class Recorder:
     """Lets a target answer, greedily.
 
     Args:
-        model: a causal model of transformers, in evaluation mode.
+        model: a causal model of transformers with full attention, in evaluation mode.
         encode: ids of a prompt as a request would have them.
         ends: ids that end an answer.
         answer_tokens: of an answer at most.
@@ -59,36 +60,14 @@ class Recorder:
         self._answer_tokens = answer_tokens
         self._longest = longest
 
-    @torch.inference_mode()
     def answers(self, prompts: Sequence[str]) -> list[Recording]:
         """Answers to some prompts, in one batch."""
         ids = [self._encode(prompt)[-self._longest :] for prompt in prompts]
-        width = max(map(len, ids))
-        batch = torch.zeros(len(ids), width, dtype=torch.long)
-        mask = torch.zeros(len(ids), width, dtype=torch.long)
-        for row, each in enumerate(ids):
-            batch[row, width - len(each) :] = torch.tensor(each)
-            mask[row, width - len(each) :] = 1
-        answered = self._model.generate(
-            batch,
-            attention_mask=mask,
-            max_new_tokens=self._answer_tokens,
-            do_sample=False,
-            eos_token_id=self._ends or None,
-            pad_token_id=0,
-        )[:, width:].tolist()
-        return [self._watched(prompt, self._cut(answer)) for prompt, answer in zip(ids, answered, strict=True)]
-
-    def _cut(self, answer: list[int]) -> list[int]:
-        """Without what follows its end, which is padding."""
-        end = next((at for at, token in enumerate(answer) if token in self._ends), len(answer))
-        return answer[: end + 1]
-
-    def _watched(self, prompt: list[int], answer: list[int]) -> Recording:
-        """The hidden states along an answer: those that the output matrix is given."""
-        tokens = torch.tensor([[*prompt, *answer]])
-        hidden = self._model.base_model(tokens).last_hidden_state[0]
-        return Recording(tokens[0].numpy().astype(np.int32), len(prompt), hidden.to(torch.float16).numpy())
+        found = go_on(self._model, ids, lambda logits: logits.argmax(-1), ends=self._ends, most=self._answer_tokens)
+        return [
+            Recording(np.array(each.tokens, np.int32), len(prompt), each.hidden.to(torch.float16).numpy())
+            for prompt, each in zip(ids, found, strict=True)
+        ]
 
 
 def record(make: Callable[[], Recorder], prompts: Sequence[str], folder: Path, say: Say) -> list[Recording]:
@@ -122,7 +101,7 @@ def _write(file: Path, recording: Recording) -> None:
         "prompt": torch.tensor(recording.prompt),
         "hidden": torch.from_numpy(recording.hidden),
     }
-    save_file(tensors, draft)
+    draft.write_bytes(save(tensors))  # `save_file` would let nobody else read it
     draft.replace(file)
 
 
