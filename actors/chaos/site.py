@@ -226,9 +226,11 @@ class Site:
             InternalError: nobody does, or a process that is not of this cluster.
         """
         host, _, port = address.rpartition(":")
-        places = {(each, int(port)) for each in (host, "0.0.0.0", "::")}  # noqa: S104 - looked for, not listened on
-        listening = [each for each in psutil.net_connections("tcp") if each.status == psutil.CONN_LISTEN]
-        owners = {each.pid for each in listening if each.laddr in places and each.pid}
+        listening = [each for each in psutil.net_connections("tcp") if each.status == psutil.CONN_LISTEN and each.pid]
+        hosts = {host, f"::ffff:{host}", "0.0.0.0", "::"}  # noqa: S104 - looked for, not listened on
+        owners = {
+            each.pid for each in listening if each.laddr.port == int(port) and each.laddr.ip in hosts and each.pid
+        }
         if len(owners) != 1:
             raise InternalError(f"{len(owners)} processes listen at {address}")
         found = psutil.Process(owners.pop())

@@ -8,10 +8,12 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import httpx
 import psutil
 import pytest
@@ -581,6 +583,20 @@ def test_processes_of_others_are_left_alone(listener: Any, monkeypatch: pytest.M
     with monkeypatch.context() as patch, pytest.raises(InternalError, match="not of this cluster"):
         patch.setattr("joinwise.actors.chaos.site.os.getpid", lambda: 1 << 22)
         site_of(None).process_at(address)
+
+
+def test_a_process_is_found_by_its_host_as_well_as_its_port(listener: Any) -> None:
+    """gRPC listens on a socket of both families; a port may be taken by somebody else at another address."""
+    process, address = listener
+    own = grpc.server(ThreadPoolExecutor(1))
+    port = own.add_insecure_port("127.0.0.1:0")
+    own.start()
+    with socket.socket() as other, pytest.raises(InternalError, match="not of this cluster"):
+        other.bind(("127.0.0.2", int(address.rpartition(":")[2])))
+        other.listen()
+        assert site_of(None).process_at(address).pid == process.pid
+        site_of(None).process_at(f"127.0.0.1:{port}")  # this very process: found, and no child of itself
+    own.stop(None)
 
 
 # Figures.
