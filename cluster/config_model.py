@@ -127,8 +127,8 @@ class DraftConfig(Section):
     """A small model of the same vocabulary, named as models[].model is; without it and `head` the answer is looked up
     in the prompt."""
     head: str | None = None
-    """A draft head for the pool's model, instead of `model`: the folder that `joinwise train-draft` made, or a built-in name
-    (smollm2-135m-instruct)."""
+    """A draft head for the pool's model, instead of `model`: the folder that `joinwise train-draft` made, or a
+    built-in name (smollm2-135m-instruct)."""
     revision: str | None = None
     """Hub revision; None takes the hub's default branch."""
     dtype: Dtype | Literal["int8"] = "bfloat16"
