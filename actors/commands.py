@@ -92,7 +92,12 @@ def demo(
     begin = process_began()
     config = load_config(None)
     _refuse_second(config)
-    facts = _start_detached(config, None, JOINWISE_GATEWAY__HTTP_PORT="0", JOINWISE_GATEWAY__GRPC_PORT="0")
+    environment = {
+        "JOINWISE_GATEWAY__HTTP_PORT": "0",
+        "JOINWISE_GATEWAY__GRPC_PORT": "0",
+        "JOINWISE_ROUTER__SPLIT": "always",  # by its cost so short a prompt runs whole
+    }
+    facts = _start_detached(config, None, **environment)
     try:
         first = _ask(facts["addresses"]["grpc"], prompt)
         if first is not None:
