@@ -228,9 +228,7 @@ class Site:
         host, _, port = address.rpartition(":")
         listening = [each for each in psutil.net_connections("tcp") if each.status == psutil.CONN_LISTEN and each.pid]
         hosts = {host, f"::ffff:{host}", "0.0.0.0", "::"}  # noqa: S104 - looked for, not listened on
-        owners = {
-            each.pid for each in listening if each.laddr.port == int(port) and each.laddr.ip in hosts and each.pid
-        }
+        owners = {each.pid for each in listening if each.laddr.port == int(port) and each.laddr.ip in hosts}
         if len(owners) != 1:
             raise InternalError(f"{len(owners)} processes listen at {address}")
         found = psutil.Process(owners.pop())

@@ -38,6 +38,7 @@ class _Receive:
     state: ReceiveState = ReceiveState.WAITING
     released: bool = False
     fail: bool = False
+    whole: bool = False  # imported by all ranks, as they have reported
 
 
 @dataclass
@@ -70,8 +71,7 @@ class SchedulerConnector:
         self._receives: dict[str, _Receive] = {}
         self._sends: dict[str, _Send] = {}
         self._held: set[str] = set()
-        self._whole: set[str] = set()  # imported by all ranks, as they have reported
-        self._ready: set[str] = set()  # and released since the last step
+        self._ready: set[str] = set()  # imported, and released since the last step
         self._told: set[str] = set()  # vLLM knows of them before the worker half says so
         self._next = StepMetadata()
         self._stopping = False
@@ -93,7 +93,7 @@ class SchedulerConnector:
             return False
         receive.released = True
         receive.fail = receive.fail or recompute
-        if receive.state is ReceiveState.LOADING and request_id in self._whole and not recompute:
+        if receive.state is ReceiveState.LOADING and receive.whole and not recompute:
             self._ready.add(request_id)
         elif receive.state is ReceiveState.LOADING:
             self._next.released.add(request_id)
@@ -229,8 +229,8 @@ class SchedulerConnector:
         whole, *others = self._reports.pop(report.request_id)
         for other in others:
             whole.merge(other)
-        if not whole.failure and whole.request_id in self._receives:
-            self._whole.add(whole.request_id)
+        if not whole.failure and (receive := self._receives.get(whole.request_id)) is not None:
+            receive.whole = True
         self._on_report(whole)
 
     def request_finished(self, request: "Request") -> bool:
@@ -241,7 +241,6 @@ class SchedulerConnector:
         """
         request_id = request.request_id
         receive = self._receives.pop(request_id, None)
-        self._whole.discard(request_id)
         self._ready.discard(request_id)
         if receive is not None and receive.state is ReceiveState.LOADING:
             self._next.stop_receives.add(request_id)
