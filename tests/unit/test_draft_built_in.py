@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers.threads import single_thread
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from joinwise.actors.draft.head import BUILT_IN, head_folder, load_head
@@ -30,13 +30,7 @@ PROMPTS = (
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Several would wait for each other where other tests run beside."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+one_thread = pytest.fixture(single_thread, autouse=True, scope="module")
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.threads import single_thread
 from helpers.tiny_target import IDS, saved, tiny
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
@@ -33,13 +33,7 @@ from joinwise.cluster.errors import ConfigError
 SETTINGS = Settings("tiny", "a" * 32, "d", blocks=1, steps=12, batch=3, rate=2e-3, seed=5)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Several would wait for each other where other tests run beside."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+one_thread = pytest.fixture(single_thread, autouse=True, scope="module")
 
 
 def text(seed: int, size: int = 8) -> str:

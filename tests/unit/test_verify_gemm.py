@@ -8,10 +8,10 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
+from helpers.threads import single_thread
 
 from joinwise.kernels import native
 from joinwise.kernels.verify_gemm import Packed, is_native, linear, native_calls, pack, reference
@@ -31,13 +31,7 @@ def native_paths() -> tuple[str, ...]:
     return () if library is None else native_calls.paths(library)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Torch's own work here is too small to share; calls that share say so."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+one_thread = pytest.fixture(single_thread, autouse=True)
 
 
 @pytest.fixture(scope="module")
