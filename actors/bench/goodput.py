@@ -50,7 +50,7 @@ _ENOUGH = 0.9
 _TTFT_FACTOR, _TPOT_FACTOR = 8.0, 4.0
 _MAX_MODEL_LEN = 2048
 _ENGINE = {"enforce_eager": True, "kv_cache_memory_bytes": 400_000_000, "block_size": 32, "max_num_seqs": 32}
-_SHORT_STEPS = {"max_num_batched_tokens": 96}
+_SHORT_STEPS = {"max_num_batched_tokens": 64}
 _PATIENCE_S = 60.0
 _STEPS = 8
 
