@@ -22,6 +22,8 @@ from joinwise.proto import draft_pb2
 logger = logging.getLogger(__name__)
 
 _MAX_SEQUENCES = 4096
+_LATELY = 0.05
+"""Weight of the latest rounds in what one takes."""
 _NO_TOKENS = np.empty(0, np.int32)
 
 
@@ -61,6 +63,7 @@ class DeskFigures:
         late: rounds that nobody waited for any more when their turn came.
         unknown: asks for sequences that were not known.
         busy_s: seconds spent on drafting.
+        round_s: of those, for a round, lately; 0 before the first.
     """
 
     sequences: int = 0
@@ -69,6 +72,7 @@ class DeskFigures:
     late: int = 0
     unknown: int = 0
     busy_s: float = 0.0
+    round_s: float = 0.0
 
 
 class Desk:
@@ -189,6 +193,9 @@ class Desk:
         spent = time.monotonic() - begin
         self.figures.busy_s += spent
         self.figures.rounds += len(answers)
+        if asks:
+            weight = _LATELY if self.figures.round_s else 1.0
+            self.figures.round_s += weight * (spent / len(answers) - self.figures.round_s)
         self.figures.sequences = sum(len(engine.sequences) for engine in self._engines)
         for engine, answer in answers:
             answer.draft_us = int(spent * 1e6)

@@ -217,7 +217,8 @@ class DraftWorker:
         while not self.failure():
             await asyncio.sleep(self._config.router.heartbeat_s)
             try:
-                await self._drafts.beat(self._pool.name, info)
+                round_ms = 1000 * self._desk.figures.round_s if self._desk is not None else 0.0
+                await self._drafts.beat(self._pool.name, replace(info, round_ms=round(round_ms, 3)))
             except JoinwiseError as error:
                 logger.warning("heartbeat failed: %s", error)
         logger.error("draft actor %s is sick: %s", self._spec.worker_id, self.failure())

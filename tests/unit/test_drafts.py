@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from joinwise.actors.draft.binding import Binding
+from joinwise.actors.draft.binding import Binding, round_trip
 from joinwise.actors.draft.vocabulary import Vocabulary
 from joinwise.cluster.config_model import RouterConfig
 from joinwise.cluster.drafts import DraftInfo, Drafts
@@ -85,6 +85,37 @@ async def test_the_engines_of_one_that_is_gone_go_to_the_others(drafts: Drafts, 
     assert await bound(drafts, *engines) == {}
 
 
+async def test_of_two_the_nearer_is_asked_until_it_has_too_many_engines(drafts: Drafts) -> None:
+    for name in "ab":
+        await drafts.beat(POOL, info(name, round_ms=2.0))
+    trips = {"a": 5, "b": 0}
+    found = [await drafts.bind(POOL, f"e{number}", trips) for number in range(6)]
+    assert [each.draft_id for each in found if each] == ["b", "b", "b", "a", "b", "a"]  # 2 4 6 7 8 9 ms
+
+
+async def test_a_faster_actor_has_more_engines(drafts: Drafts) -> None:
+    await drafts.beat(POOL, info("slow", round_ms=30.0))
+    await drafts.beat(POOL, info("fast", round_ms=10.0))
+    found = await bound(drafts, *(f"e{number}" for number in range(8)))
+    assert Counter(found.values()) == {"fast": 6, "slow": 2}
+
+
+async def test_an_engine_moves_for_a_good_deal_only(drafts: Drafts) -> None:
+    await drafts.beat(POOL, info("a", round_ms=10.0))
+    assert await bound(drafts, "e") == {"e": "a"}
+    await drafts.beat(POOL, info("b", round_ms=9.0))
+    assert await bound(drafts, "e") == {"e": "a"}
+    await drafts.beat(POOL, info("b", round_ms=7.0))
+    assert await bound(drafts, "e") == {"e": "b"}
+
+
+@pytest.mark.parametrize("lie", [-1.0, 0.0, "much", None, float("nan")])
+async def test_what_an_actor_cannot_have_taken_counts_as_nothing_said(drafts: Drafts, lie: Any) -> None:
+    await drafts.beat(POOL, info("a", round_ms=lie))
+    await drafts.beat(POOL, info("b", round_ms=0.5))
+    assert set((await bound(drafts, "e1")).values()) == {"b"}
+
+
 async def test_nothing_is_left_of_those_that_are_gone(
     drafts: Drafts, clock: Any, redis_client: Redis, cluster_name: str
 ) -> None:
@@ -99,13 +130,50 @@ async def test_nothing_is_left_of_those_that_are_gone(
 
 async def test_what_cannot_be_read_is_forgotten(drafts: Drafts, redis_client: Redis, cluster_name: str) -> None:
     keys = Keys(cluster_name)
-    await redis_client.hset(keys.drafts(POOL), "broken", "no number")  # type: ignore[misc]
+    for number, text in enumerate(("no number", "1 {", "1 []", '1 {"draft_id": 3}')):
+        await redis_client.hset(keys.drafts(POOL), f"broken-{number}", text)  # type: ignore[misc]
     await redis_client.hset(keys.bound(POOL), "e", "99999999999999 nobody")  # type: ignore[misc]
     await drafts.beat(POOL, info("a"))
+    assert await drafts.of(POOL) == [info("a")]
     assert await bound(drafts, "e") == {"e": "a"}
 
 
 # The engine's side.
+
+
+async def nowhere(address: str) -> int:
+    pytest.fail(f"{address} was measured, though there is no choice")
+
+
+async def test_an_engine_asks_whom_it_reaches_sooner_and_measures_once(drafts: Drafts) -> None:
+    pointed: list[str] = []
+    measured: list[str] = []
+
+    async def point(address: str) -> None:
+        pointed.append(address)
+
+    async def measure(address: str) -> int:
+        measured.append(address)
+        return {"a:1": 40, "b:1": 1}[address]
+
+    for name in "ab":
+        await drafts.beat(POOL, info(name))
+    binding = Binding(drafts, POOL, "e", TARGET, point, measure)
+    await binding.renew()
+    await binding.renew()
+    assert pointed == ["b:1"]
+    assert sorted(measured) == ["a:1", "b:1"]
+    await drafts.leave(POOL, "b")
+    await binding.renew()
+    assert pointed == ["b:1", "a:1"]
+
+
+async def test_round_trips_of_ports_that_listen_and_that_do_not() -> None:
+    server = await asyncio.start_server(lambda _, writer: writer.close(), "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server:
+        assert await round_trip(f"127.0.0.1:{port}") < 1000
+    assert await round_trip(f"127.0.0.1:{port}") == await round_trip("no port") == 1_000_000
 
 
 async def test_an_engine_is_pointed_at_its_actor_only_when_that_changes(drafts: Drafts) -> None:
@@ -114,7 +182,7 @@ async def test_an_engine_is_pointed_at_its_actor_only_when_that_changes(drafts: 
     async def point(address: str) -> None:
         pointed.append(address)
 
-    binding = Binding(drafts, POOL, "e", TARGET, point)
+    binding = Binding(drafts, POOL, "e", TARGET, point, nowhere)
     await binding.renew()
     await drafts.beat(POOL, info("a"))
     await binding.renew()
@@ -134,7 +202,7 @@ async def test_another_vocabulary_is_refused_naming_both_and_not_asked(drafts: D
     async def point(address: str) -> None:
         pointed.append(address)
 
-    binding = Binding(drafts, POOL, "e", TARGET, point)
+    binding = Binding(drafts, POOL, "e", TARGET, point, nowhere)
     await drafts.beat(POOL, info("a", vocabulary_model="target2", vocabulary_size=100, vocabulary_digest="a" * 32))
     await binding.renew()
     await drafts.leave(POOL, "a")
