@@ -139,6 +139,9 @@ class DraftConfig(Section):
     """Longest sequence that is drafted for; slots x max_tokens of KV are reserved."""
     lookup: bool = True
     """Draft from the text itself where it repeats itself, and ask the model elsewhere; without a model it is all."""
+    ahead: bool | None = None
+    """Let the model draft on while the engine verifies what it sent. None does so on GPUs, and on cores that are given
+    to the pool by `cores`; where it shares cores with engines it slows them down."""
 
     @model_validator(mode="after")
     def _one_of_both(self) -> DraftConfig:

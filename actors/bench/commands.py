@@ -253,6 +253,9 @@ def speculate(
     engine: Annotated[
         list[str] | None, typer.Option(help="An argument of vLLM for both engines, such as quantization=joinwise")
     ] = None,
+    draft_core: Annotated[
+        int | None, typer.Option(help="A core for the draft actors alone; the engines have the others", min=0)
+    ] = None,
     data: Annotated[Path, typer.Option(help="Folder of <dataset>.jsonl")] = Path("../shared/data/prompts"),
     json: Json = None,
 ) -> None:
@@ -264,7 +267,7 @@ def speculate(
     if unknown := set(side or ()) - set(sides):
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: there are {', '.join(sides)}", param_hint="--side")
     arguments = {name: yaml.safe_load(value) for name, _, value in (each.partition("=") for each in engine or ())}
-    plan = it.Plan(target, draft, dtype, draft_dtype, k, most, max_tokens, not apart, arguments)
+    plan = it.Plan(target, draft, dtype, draft_dtype, k, most, max_tokens, not apart, arguments, draft_core)
     asked = {name: it.texts(data, name, first, count) for name in dataset or ["humaneval", "gsm8k"]}
     how = "two engines take turns on all cores, draft actors beside them on the same; own_device...: a projection"
     rows = report.rows_of(json, "speculate") if json is not None and json.exists() else []

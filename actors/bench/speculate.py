@@ -4,8 +4,9 @@ Two engines in processes of their own take turns: one without `speculative_confi
 speculates, whose proposers take turns as well. The draft actors share a third process and all cores with them, so that
 what drafting costs is in every figure. Every group of prompts goes through each side once, and through the baseline
 before and after the others; tokens are compared before times. Prompts are computed beforehand: rates are of decoding.
-`lookup` and `fixed` draft by prompt lookup and by the model alone; `adaptive` is what a draft pool does by itself:
-lookup where the text repeats itself, the model elsewhere, and as many drafts as pay.
+`lookup` and `fixed` draft by prompt lookup and by the model alone, `ahead` by the model that drafts further while the
+target verifies; `adaptive` is what a draft pool does by itself: lookup where the text repeats itself, the model
+elsewhere, and as many drafts as pay.
 
 The sides `own_device...` are a projection: the real draft model has drafted along the answers beforehand, and what it
 drafted, wrong ids included, is replayed at no cost, as if it had a device of its own so many milliseconds away.
@@ -28,7 +29,7 @@ from joinwise.actors.models import resolve_model
 from joinwise.cluster.errors import ConfigError
 
 CLUSTER = "bench"
-_DRAFTERS = {"lookup": "lookup", "fixed": "causal", "adaptive": "both"} | {name: name for name in OWN}
+_DRAFTERS = {"lookup": "lookup", "fixed": "causal", "ahead": "ahead", "adaptive": "both"} | {name: name for name in OWN}
 _MAX_MODEL_LEN = 1024
 _ENGINE = {
     "enforce_eager": True,
@@ -56,6 +57,7 @@ class Plan:
         engine: more arguments of vLLM's, for both engines.
         together: both engines in memory at once, so that they take turns; else the baseline is all done first, and
             times are not to be compared.
+        draft_core: a core for the drafts, with the engines on the others; None for all on all.
     """
 
     target: str
@@ -67,6 +69,22 @@ class Plan:
     max_tokens: int
     together: bool
     engine: Mapping[str, Any] = field(default_factory=dict)
+    draft_core: int | None = None
+
+    @property
+    def cores(self) -> tuple[list[int], list[int]]:
+        """Those of the engines, and those of the drafts.
+
+        Raises:
+            ConfigError: the drafts' core is not there, or the only one.
+        """
+        every = sorted(os.sched_getaffinity(0))
+        if self.draft_core is None:
+            return every, every
+        others = [core for core in every if core != self.draft_core]
+        if not 0 < len(others) < len(every):
+            raise ConfigError(f"there is no core {self.draft_core} for the drafts beside others: there are {every}")
+        return others, [self.draft_core]
 
     def wanted(self, side: str) -> int:
         """Drafts that a side asks for, at most."""
@@ -173,6 +191,7 @@ def _fresh(plan: Plan, group: "_Group", side: str, sample: Row) -> Row:
         "dtype": plan.dtype,
         "draft_dtype": plan.draft_dtype,
         "engine": " ".join(f"{name}={value}" for name, value in sorted(plan.engine.items())),
+        "draft_core": plan.draft_core,
         "dataset": group.dataset,
         "batch": group.batch,
         "side": side,
@@ -204,9 +223,9 @@ def _turns(sides: Sequence[str], number: int) -> list[str]:
 @contextmanager
 def _drafts(plan: Plan, say: Say) -> Iterator[Remote]:
     say(f"loading the draft model {plan.draft}")
-    folder, cores = resolve_model(plan.draft, progress=say).path, len(os.sched_getaffinity(0))
-    arguments = (folder, plan.draft_dtype, cores, _MAX_MODEL_LEN, OWN)
-    remote = Remote(_make_drafts, *arguments, environment=cpu.environment(cores), wait_s=_WAIT_S)
+    folder, (_, cores) = resolve_model(plan.draft, progress=say).path, plan.cores
+    arguments = (cores, folder, plan.draft_dtype, len(cores), _MAX_MODEL_LEN, OWN)
+    remote = Remote(_make_drafts, *arguments, environment=cpu.environment(len(cores)), wait_s=_WAIT_S)
     try:
         yield remote
     finally:
@@ -218,7 +237,8 @@ def _targets(
     plan: Plan, sides: Sequence[str], batch: int, addresses: Mapping[str, str], say: Say
 ) -> Iterator[dict[str, Remote]]:
     """The engine of each side."""
-    folder, cores = resolve_model(plan.target, progress=say).path, len(os.sched_getaffinity(0))
+    folder, (cores, _) = resolve_model(plan.target, progress=say).path, plan.cores
+    environment = cpu.environment(len(cores))
     engine = {**_ENGINE, **plan.engine, "dtype": plan.dtype, "max_num_seqs": batch}
     targets: dict[str, Remote] = {}
     with ExitStack() as stack:
@@ -228,7 +248,7 @@ def _targets(
                 continue
             say(f"starting an engine {'with' if speculates else 'without'} speculation")
             most = max(plan.k, plan.most) if speculates else 0
-            remote = Remote(_make_target, folder, engine, most, environment=cpu.environment(cores), wait_s=_WAIT_S)
+            remote = Remote(_make_target, cores, folder, engine, most, environment=environment, wait_s=_WAIT_S)
             stack.callback(remote.close)
             for side in mine:
                 targets[side] = remote
@@ -238,15 +258,17 @@ def _targets(
         yield targets
 
 
-def _make_target(*arguments: Any) -> Any:
+def _make_target(cores: Sequence[int], *arguments: Any) -> Any:
     from joinwise.actors.bench.speculate_engine import Target
 
+    cpu.pin(cores)
     return Target(*arguments)
 
 
-def _make_drafts(*arguments: Any) -> Any:
+def _make_drafts(cores: Sequence[int], *arguments: Any) -> Any:
     from joinwise.actors.bench.speculate_drafts import Drafts
 
+    cpu.pin(cores)
     return Drafts(*arguments)
 
 

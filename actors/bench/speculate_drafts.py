@@ -69,12 +69,15 @@ class Drafts:
     ) -> None:
         model = load_model(folder, dtype)
 
-        def causal() -> CausalDrafter:
-            return CausalDrafter(model, slots=_SLOTS, max_tokens=max_tokens, name="causal", threads=threads)
+        def causal(ahead: bool = False) -> CausalDrafter:
+            return CausalDrafter(
+                model, slots=_SLOTS, max_tokens=max_tokens, name="causal", threads=threads, ahead=ahead
+            )
 
         self._replays = {name: Replay(seconds) for name, seconds in round_trips.items()}
         drafters: dict[str, Drafter] = {
             "causal": causal(),
+            "ahead": causal(ahead=True),
             "lookup": PromptLookup(),
             "both": LookupFirst(causal()),
             **self._replays,
@@ -85,7 +88,7 @@ class Drafts:
         vocabulary = Vocabulary.read("draft", folder)
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        serving = self._serve({name: vocabulary if name in ("causal", "both") else None for name in drafters})
+        serving = self._serve({name: vocabulary if name in ("causal", "ahead", "both") else None for name in drafters})
         self._addresses = asyncio.run_coroutine_threadsafe(serving, self._loop).result(30)
 
     def addresses(self) -> dict[str, str]:

@@ -9,10 +9,10 @@ from rich.table import Table
 BASELINE = "none"
 OWN = {"own_device": 0.0, "own_device_1ms": 0.001, "own_device_5ms": 0.005, "own_device_20ms": 0.02}
 """Sides that replay, and seconds of their round trip."""
-SIDES = ("silent", "lookup", "fixed", "adaptive", *OWN)
+SIDES = ("silent", "lookup", "fixed", "ahead", "adaptive", *OWN)
 
 Row = dict[str, Any]
-_KEY = ("target", "draft", "dtype", "draft_dtype", "engine", "dataset", "batch", "side", "k")
+_KEY = ("target", "draft", "dtype", "draft_dtype", "engine", "draft_core", "dataset", "batch", "side", "k")
 _SUMMED = ("tokens", "rounds", "drafted", "missed", "divergences")
 _MEDIANS = ("tokens_per_s", "speedup", "accepted_length", "step_ms", "step_ratio", "draft_ms", "wait_ms", "round_bytes")
 
@@ -21,10 +21,15 @@ def merged(before: Sequence[Row], fresh: Sequence[Row]) -> list[Row]:
     """Rows with the samples of both; where both have one of the same prompts the fresh one counts."""
     samples: dict[tuple[Any, ...], dict[tuple[int, ...], Row]] = {}
     for row in [*before, *fresh]:
-        mine = samples.setdefault(tuple(row[name] for name in _KEY), {})
+        mine = samples.setdefault(tuple(row.get(name) for name in _KEY), {})
         mine.update({tuple(sample["places"]): sample for sample in row["samples"]})
     order = (BASELINE, *SIDES)
-    keys = sorted(samples, key=lambda key: (*key[:-2], order.index(key[-2]), key[-1]))
+
+    def place(key: tuple[Any, ...]) -> tuple[Any, ...]:
+        *what, side, k = (-1 if each is None else each for each in key)
+        return *what, order.index(side), k
+
+    keys = sorted(samples, key=place)
     return [_row(dict(zip(_KEY, key, strict=True)), list(samples[key].values())) for key in keys]
 
 
@@ -41,7 +46,7 @@ def figures(rows: Sequence[Row]) -> dict[str, float | None]:
     """The benchmark's figures; None where the rows behind one are not there yet."""
 
     def speedups(side: str, **wanted: Any) -> list[float]:
-        wanted |= {"side": side, "dtype": "bfloat16"}
+        wanted |= {"side": side, "dtype": "bfloat16", "draft_core": None}
         return [
             row["speedup"]
             for row in rows

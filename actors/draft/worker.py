@@ -153,6 +153,7 @@ class DraftWorker:
                 name=settings.model,
                 threads=self._pool.compute_threads,
                 device=self._device,
+                ahead=settings.ahead if settings.ahead is not None else self._apart,
             )
         except (ValueError, OSError, RuntimeError) as error:
             raise ConfigError(f"pool {self._pool.name!r} cannot draft with {settings.model!r}: {error}") from error
@@ -182,6 +183,11 @@ class DraftWorker:
     @property
     def _device(self) -> str:
         return "cuda" if self._pool.device == "gpu" else "cpu"
+
+    @property
+    def _apart(self) -> bool:
+        """Whether it drafts where nothing else runs."""
+        return self._device == "cuda" or self._pool.cores is not None
 
     async def _serve(self, service: DraftService, certificates: Certificates | None) -> str:
         self._port = GrpcPort(

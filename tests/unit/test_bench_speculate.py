@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,23 @@ def test_a_side_is_compared_with_the_mean_of_the_baseline_around_it() -> None:
     assert (fixed["accepted_length"], fixed["divergences"], fixed["missed"]) == (2.0, 1, 1)
     assert fixed["step_ratio"] == 1.0  # medians of 0.75 and 0.75
     assert (fixed["draft_ms"], fixed["wait_ms"], fixed["round_bytes"]) == (300, 200, 150)
+
+
+def test_drafts_on_a_core_of_their_own_are_rows_of_their_own_and_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = [("none", answers([1, 2], 1.0, [(1, 1.0)])), ("adaptive", answers([1, 2], 0.5, [(9, 1.0)]))]
+    apart = replace(PLAN, draft_core=1)
+    both = speculate_rows.merged(rows(taken), rows(taken, apart))
+    assert [(row["side"], row["draft_core"]) for row in both] == [
+        (s, c) for c in (None, 1) for s in ("none", "adaptive")
+    ]
+    assert speculate_rows.figures(rows(taken))["speedup_adaptive_min"] == 2
+    assert speculate_rows.figures(rows(taken, apart))["speedup_adaptive_min"] is None
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+    assert (PLAN.cores, apart.cores) == (([0, 1, 2], [0, 1, 2]), ([0, 2], [1]))
+    for missing in (replace(PLAN, draft_core=3), apart):
+        with pytest.raises(ConfigError, match="no core"):
+            assert missing.cores
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1})
 
 
 def test_pieces_are_put_together() -> None:

@@ -116,6 +116,84 @@ def test_computed_tokens_are_not_computed_again(model: Any, drafter: CausalDraft
     assert widths == [30, 1, 1, 1, 1, 1, 1]
 
 
+@pytest.fixture
+def ahead(model: Any, monkeypatch: Any) -> CausalDrafter:
+    """One that drafts ahead, and counts in `forwards` the rows of each forward pass."""
+    drafter = CausalDrafter(model, slots=4, max_tokens=400, name="tiny", threads=1, ahead=True)
+    drafter.forwards = []  # type: ignore[attr-defined]
+    forward = drafter._forward
+    monkeypatch.setattr(drafter, "_forward", lambda rows: (forwards(drafter).append(len(rows)), forward(rows))[1])
+    return drafter
+
+
+def forwards(drafter: CausalDrafter) -> list[int]:
+    counted: list[int] = drafter.forwards  # type: ignore[attr-defined]
+    return counted
+
+
+def idle(drafter: CausalDrafter) -> int:
+    """Nobody asks for long; returns the forward passes."""
+    before = len(forwards(drafter))
+    while drafter.catch_up():
+        assert len(forwards(drafter)) - before < 50
+    return len(forwards(drafter)) - before
+
+
+def test_what_was_drafted_ahead_answers_at_once(model: Any, ahead: CausalDrafter) -> None:
+    text = prompt(20, 30)
+    whole = greedy(model, text, 40)
+    assert ahead.draft([ask("a", text)]) == [whole[:4]]
+    assert idle(ahead) == 0  # it is not known yet whether it drafts well
+    assert ahead.draft([ask("a", text + whole[:5])]) == [whole[5:9]]
+    assert idle(ahead) == 5  # the engine's token, and a round
+    done = len(forwards(ahead))
+    assert ahead.draft([ask("a", text + whole[:10])]) == [whole[10:14]]
+    assert len(forwards(ahead)) == done
+    assert ahead.draft([ask("a", text + whole[:15], 6)]) == [whole[15:21]]  # there was no time in between
+    assert len(forwards(ahead)) == done + 6
+
+
+def test_after_a_wrong_draft_nothing_is_drafted_ahead(model: Any, ahead: CausalDrafter) -> None:
+    text = prompt(21, 30)
+    whole = greedy(model, text, 40)
+    ahead.draft([ask("a", text)])
+    ahead.draft([ask("a", text + whole[:5])])
+    assert idle(ahead)
+    other = [*text, *whole[:7], (whole[7] + 1) % IDS]
+    assert ahead.draft([ask("a", other)]) == [greedy(model, other, 4)]
+    assert idle(ahead) == 0
+
+
+def test_ahead_or_not_drafts_are_the_models_own(model: Any, ahead: CausalDrafter) -> None:
+    """Engines that accept what they like, and come back sooner or later; nothing is drafted beyond what fits."""
+    chance = random.Random(22)
+    texts = {name: prompt(seed, 5 + 9 * seed) for seed, name in enumerate("abc")} | {"long": prompt(9, 380)}
+    while ahead.draft([ask("long", texts["long"])]) == [[]]:
+        idle(ahead)
+    for _ in range(25):
+        asks = [ask(name, text, chance.randint(1, 5)) for name, text in texts.items() if chance.random() < 0.8]
+        drafts = ahead.draft(asks)
+        for each, drafted in zip(asks, drafts, strict=True):
+            fits = len(each.tokens) + each.k <= 400
+            assert drafted == (greedy(model, each.tokens.tolist(), each.k) if fits else [])
+            whole = greedy(model, each.tokens.tolist(), each.k + 1)
+            right = chance.choice([len(whole), len(whole), chance.randint(0, each.k)])
+            texts[str(each.key)] = [*each.tokens.tolist(), *whole[:right], *([] if right else [chance.randrange(IDS)])]
+        for _ in range(chance.randint(0, 7)):
+            ahead.catch_up()
+
+
+def test_a_sequence_that_ends_while_it_is_drafted_ahead(model: Any, ahead: CausalDrafter) -> None:
+    text = prompt(23, 10)
+    whole = greedy(model, text, 9)
+    ahead.draft([ask("a", text)])
+    ahead.draft([ask("a", text + whole[:5])])
+    assert ahead.catch_up()
+    ahead.forget("a")
+    assert not ahead.catch_up()
+    assert ahead.held == 0
+
+
 def test_more_sequences_than_slots(model: Any, drafter: CausalDrafter) -> None:
     texts = [prompt(seed, 12) for seed in range(6)]
     drafts = drafter.draft([ask(str(index), text) for index, text in enumerate(texts)])
