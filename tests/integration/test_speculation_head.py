@@ -13,7 +13,7 @@ from helpers.head_engine import head_engine
 
 from joinwise.actors.bench.remote import Remote
 from joinwise.actors.draft.drafter import Ask
-from joinwise.actors.draft.head import DovetailHead, HeadShape, TargetEnds
+from joinwise.actors.draft.head import DovetailHead, HeadShape, TargetEnds, head_folder
 from joinwise.actors.draft.head_drafter import HeadDrafter
 from joinwise.actors.draft.lookup import PromptLookup
 
@@ -80,12 +80,17 @@ def test_it_is_told_what_the_target_thought_of_each_token_once(
             np.testing.assert_allclose(state.astype(np.float32), thought[place], rtol=0.02, atol=0.05)
 
 
-def test_a_head_that_has_learnt_nothing_changes_no_token(
-    small_model: Any, engine: Remote, answers: list[list[int]]
-) -> None:
-    ends = TargetEnds.read(small_model.path, torch.float32)
-    head = DovetailHead(HeadShape.like(small_model.path, 1), ends).eval()
-    with ServedDesk(HeadDrafter(head, slots=2, max_tokens=256, name="head", threads=1), hidden_size=576) as served:
+@pytest.mark.parametrize("learnt", [False, True])
+def test_a_head_changes_no_token(small_model: Any, engine: Remote, answers: list[list[int]], learnt: bool) -> None:
+    if learnt:
+        folder = head_folder("smollm2-135m-instruct")
+        drafter = HeadDrafter.load(folder, small_model, "float32", slots=2, max_tokens=256, threads=1)
+    else:
+        head = DovetailHead(
+            HeadShape.like(small_model.path, 1), TargetEnds.read(small_model.path, torch.float32)
+        ).eval()
+        drafter = HeadDrafter(head, slots=2, max_tokens=256, name="head", threads=1)
+    with ServedDesk(drafter, hidden_size=576) as served:
         engine("point", served.address)
         assert engine("answer", PROMPTS, TOKENS) == answers  # three sequences, two slots
         engine("point", "")
