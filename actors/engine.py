@@ -41,7 +41,7 @@ from joinwise.actors.vllm.engine_loop import EngineLoop
 from joinwise.actors.vllm.kv_events import report_blocks
 from joinwise.actors.worker_ports import GrpcPort, open_ops
 from joinwise.cluster.config import JoinwiseConfig
-from joinwise.cluster.config_model import SpeculationConfig
+from joinwise.cluster.config_model import DraftConfig, SpeculationConfig
 from joinwise.cluster.drafts import Drafts
 from joinwise.cluster.errors import ConfigError, JoinwiseError, RegistrationRefusedError, StoreUnavailableError
 from joinwise.cluster.router.prefix_log import PrefixLog
@@ -235,12 +235,14 @@ class EngineWorker:
         """Let the engine ask the pool's draft actors; refuse a pool of another vocabulary."""
         executor = engine.core.model_executor
         vocabulary = Vocabulary.read(self._model.name, model)
+        with_ = next(pool.draft for pool in self._config.pools if pool.name == settings.draft) or DraftConfig()
         ours = proposer.DraftSettings(
             cluster=self._config.cluster,
             worker_id=self._spec.worker_id,
             vocabulary=vocabulary,
             deadline_s=settings.deadline_ms / 1000 if settings.deadline_ms is not None else None,
             adaptive=settings.adaptive,
+            lookup=with_.lookup and (with_.model is not None or with_.head is not None),
             token=self._token,
             tls=self._config.tls,
         )

@@ -138,7 +138,8 @@ class DraftConfig(Section):
     max_tokens: int = Field(default=4096, ge=16, le=1 << 20)
     """Longest sequence that is drafted for; slots x max_tokens of KV are reserved."""
     lookup: bool = True
-    """Draft from the text itself where it repeats itself, and ask the model elsewhere; without a model it is all."""
+    """Let engines draft from the text itself where it repeats itself, and ask elsewhere; without a model it is all that
+    the pool does."""
     ahead: bool | None = None
     """Let the model draft on while the engine verifies what it sent. None does so on GPUs, and on cores that are given
     to the pool by `cores`; where it shares cores with engines it slows them down."""

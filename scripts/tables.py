@@ -66,7 +66,7 @@ def goodput(figures: Mapping[str, float], rows: Rows) -> Iterator[str]:
         plain = next(row["rate"] for row in mine if row["share"] == 1)
         yield f"**{trace}** (limits: {limits}; 1.0 is {plain:.2f} requests/s)"
         yield ""
-        yield "| rate | attained: auto, plain pair, always split, short steps | P99 token gap, s | P90 to the first token, s |"
+        yield "| rate | attained: auto, plain pair, always split, short steps | P99 token gap, s | P90 TTFT, s |"
         yield "|---|---|---|---|"
         for share in sorted({row["share"] for row in mine}):
             cells = []
@@ -95,8 +95,8 @@ def speculate(_: Mapping[str, float], rows: Rows) -> Iterator[str]:
         "divergences": "{:d}",
     }
     yield (
-        "| dataset | at once | side, most drafts | prompts | tokens/s | speedup | tokens a step | V(k)/V(1) | draft, ms "
-        "| bytes a round | divergences |"
+        "| dataset | at once | side, most drafts | prompts | tokens/s | speedup | tokens a step | V(k)/V(1) "
+        "| draft, ms | bytes a round | divergences |"
     )
     yield f"|{'---|' * (3 + len(columns))}"
     for row in rows:

@@ -5,8 +5,8 @@ speculates, whose proposers take turns as well. The draft actors share a third p
 what drafting costs is in every figure. Every group of prompts goes through each side once, and through the baseline
 before and after the others; tokens are compared before times. Prompts are computed beforehand: rates are of decoding.
 `lookup` and `fixed` draft by prompt lookup and by the model alone, `ahead` by the model that drafts further while the
-target verifies; `adaptive` is what a draft pool does by itself: lookup where the text repeats itself, the model
-elsewhere, and as many drafts as pay.
+target verifies; `adaptive` is what an engine does by itself: it looks up where the text repeats itself, asks the model
+elsewhere, and has as many drafts as pay.
 
 The sides `own_device...` are a projection: the real draft model has drafted along the answers beforehand, and what it
 drafted, wrong ids included, is replayed at no cost, as if it had a device of its own so many milliseconds away.
@@ -29,7 +29,9 @@ from joinwise.actors.models import resolve_model
 from joinwise.cluster.errors import ConfigError
 
 CLUSTER = "bench"
-_DRAFTERS = {"lookup": "lookup", "fixed": "causal", "ahead": "ahead", "adaptive": "both"} | {name: name for name in OWN}
+_DRAFTERS = {"lookup": "lookup", "fixed": "causal", "ahead": "ahead", "adaptive": "causal"} | {
+    name: name for name in OWN
+}
 _MAX_MODEL_LEN = 1024
 _ENGINE = {
     "enforce_eager": True,

@@ -14,7 +14,6 @@ from joinwise.actors.draft.causal import CausalDrafter, load_model
 from joinwise.actors.draft.desk import Desk
 from joinwise.actors.draft.drafter import Ask, Drafter
 from joinwise.actors.draft.lookup import PromptLookup
-from joinwise.actors.draft.lookup_first import LookupFirst
 from joinwise.actors.draft.service import DraftService
 from joinwise.actors.draft.vocabulary import Vocabulary
 from joinwise.actors.draft.wire import CHANNEL_OPTIONS, prefix_hash
@@ -76,10 +75,9 @@ class Drafts:
 
         self._replays = {name: Replay(seconds) for name, seconds in round_trips.items()}
         drafters: dict[str, Drafter] = {
-            "causal": causal(),
             "ahead": causal(ahead=True),
             "lookup": PromptLookup(),
-            "both": LookupFirst(causal()),
+            "causal": causal(),
             **self._replays,
         }
         self._recorder = causal()
@@ -88,7 +86,7 @@ class Drafts:
         vocabulary = Vocabulary.read("draft", folder)
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        serving = self._serve({name: vocabulary if name in ("causal", "ahead", "both") else None for name in drafters})
+        serving = self._serve({name: vocabulary if name in ("causal", "ahead") else None for name in drafters})
         self._addresses = asyncio.run_coroutine_threadsafe(serving, self._loop).result(30)
 
     def addresses(self) -> dict[str, str]:

@@ -63,7 +63,8 @@ class Target:
         )  # all that it reads: proposers of one engine differ in how much they ask for
         self._proposers[name] = proposer = RemoteProposer(config)
         if address:
-            proposer.open(DraftSettings(CLUSTER, f"target-{name}", self._vocabulary, patience_s, adaptive))
+            settings = DraftSettings(CLUSTER, f"target-{name}", self._vocabulary, patience_s, adaptive, lookup=adaptive)
+            proposer.open(settings)
             proposer.point(address)
             deadline = time.monotonic() + 60
             while not proposer.connected:

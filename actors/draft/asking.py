@@ -1,11 +1,10 @@
-"""The asking end: what an engine's batch looks like in sequences, and which of a draft actor's answers may be used.
+"""The asking end: what the next step of an engine verifies, and which of a draft actor's answers may be used.
 
-vLLM tells a proposer rows of its batch, not requests: a row may hold another request in the next step. So a row is
-known by its tokens alone. A sequence is a row of earlier steps whose tokens the row still begins with; where there is
-none, the row begins a new sequence. Which request it is does not matter: drafts depend on tokens only.
+Where a sequence repeats itself, and has lately gone on as it did before, its drafts are looked up in its own text, here
+and now. A draft actor is asked for the others, in one round; where that would not pay, or nobody can be asked, they
+have what is looked up as well.
 """
 
-import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -13,75 +12,19 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from joinwise.actors.draft.hidden import HiddenTail, packed
+from joinwise.actors.draft.hidden import packed
 from joinwise.actors.draft.length import LengthChooser
 from joinwise.actors.draft.link import Session
+from joinwise.actors.draft.tracks import Track, Tracks
 from joinwise.actors.draft.wire import MAX_K, prefix_hash
 from joinwise.proto import draft_pb2
 
-_FORGET_AFTER = 64
-"""Rounds without a row after which a sequence is over: its request has ended, or waits for its turn."""
 _LONGEST_PAUSE = 64
 """Steps for which nothing is asked after answers that came too late."""
 _PATIENCE_STEPS, _FIRST_PATIENCE_S = 2.0, 0.1
 """Steps' time that drafts are waited for where no limit is set: two more tokens would be there by then. Until a step
 has been seen, seconds."""
 _STEP_MEMORY = 0.9
-
-
-@dataclass(eq=False)
-class Track:
-    """One sequence.
-
-    Attributes:
-        number: its name towards the draft actor.
-        tokens: all of it when it was last seen, shape (n,).
-        seen: the round in which it was.
-        hidden: the target's hidden states that no draft actor was told yet.
-    """
-
-    number: int
-    tokens: np.ndarray
-    seen: int
-    hidden: HiddenTail = field(default_factory=HiddenTail)
-
-    def begins(self, history: np.ndarray) -> bool:
-        """Whether a row goes on from here."""
-        return len(self.tokens) <= len(history) and np.array_equal(self.tokens, history[: len(self.tokens)])
-
-
-class Tracks:
-    """Finds each row's sequence."""
-
-    def __init__(self) -> None:
-        self._numbers = itertools.count(1)
-        self._by_row: dict[int, Track] = {}
-        self._others: list[Track] = []
-        self._round = 0
-
-    def follow(self, rows: Mapping[int, np.ndarray]) -> tuple[dict[int, Track], list[int]]:
-        """Take note of a step.
-
-        Args:
-            rows: tokens of each row that is to be drafted for, shape (n,); they are copied.
-
-        Returns:
-            The sequence of each row, and the numbers of those that are over.
-        """
-        self._round += 1
-        found = {row: each for row, each in self._by_row.items() if row in rows and each.begins(rows[row])}
-        free = [each for row, each in self._by_row.items() if row not in found] + self._others
-        free.sort(key=lambda each: -len(each.tokens))  # of several that fit, the one that knows most
-        for row in rows.keys() - found.keys():
-            match = next((each for each in free if each.begins(rows[row])), None)
-            if match is not None:
-                free.remove(match)
-            found[row] = match or Track(next(self._numbers), rows[row], self._round)
-        for row, track in found.items():
-            track.tokens, track.seen = rows[row].copy(), self._round
-        self._by_row = found
-        self._others = [each for each in free if self._round - each.seen <= _FORGET_AFTER]
-        return found, [each.number for each in free if self._round - each.seen > _FORGET_AFTER]
 
 
 @dataclass
@@ -92,6 +35,7 @@ class AskFigures:
         asked: rounds that were sent.
         missed: of those, rounds whose answer did not come in time.
         skipped: steps in which there was nobody to ask, or nobody was asked after answers that came late.
+        looked_up: of the ids that were handed to the engine, those that stood in the text.
         refused: drafts that were not used, by reason.
         drafted: ids that were handed to the engine.
         bytes: of rounds and their answers, as messages.
@@ -102,6 +46,7 @@ class AskFigures:
     asked: int = 0
     missed: int = 0
     skipped: int = 0
+    looked_up: int = 0
     refused: Counter[str] = field(default_factory=Counter)
     drafted: int = 0
     bytes: int = 0
@@ -115,6 +60,7 @@ class _Given:
 
     tokens: int
     drafts: int
+    asked: bool
 
 
 class Asker:
@@ -124,7 +70,8 @@ class Asker:
         vocabulary: ids below it exist in the target.
         max_tokens: of a sequence, prompt and answer together.
         patience_s: seconds that a step waits for drafts at most; None waits for as long as two steps take.
-        lengths: chooses how many drafts to ask for; None asks for as many as may be.
+        lookup: draft from a sequence's own text where it repeats itself.
+        lengths: chooses how many drafts to have; None has as many as may be.
         clock: seconds; tests bring their own.
     """
 
@@ -134,12 +81,14 @@ class Asker:
         vocabulary: int,
         max_tokens: int,
         patience_s: float | None,
+        lookup: bool = False,
         lengths: LengthChooser | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._vocabulary = vocabulary
         self._max_tokens = max_tokens
         self._patience_s = patience_s
+        self._lookup = lookup
         self._lengths = lengths
         self._clock = clock
         self._tracks = Tracks()
@@ -181,30 +130,48 @@ class Asker:
             self._step_s += (1 - _STEP_MEMORY if self._step_s else 1.0) * (seconds - self._step_s)
         if self._lengths is not None:
             self._learn(self._lengths, tracks.values(), over, seconds)
-        drafts = self._asked_for(session, tracks, k)
+        by_number = {track.number: track for track in tracks.values()}
+        guessed, asked = self._drafted(session, by_number, k)
+        drafts = guessed | asked
         self.figures.drafted += sum(map(len, drafts.values()))
+        self.figures.looked_up += sum(map(len, guessed.values()))
         self._given = {
-            track.number: _Given(len(track.tokens), len(drafts.get(track.number, ()))) for track in tracks.values()
+            number: _Given(len(track.tokens), len(drafts.get(number, ())), number in asked)
+            for number, track in by_number.items()
         }
         self._given_at = self._clock()
         return {row: drafts[track.number] for row, track in tracks.items() if drafts.get(track.number)}
 
-    def _asked_for(self, session: Session | None, tracks: Mapping[int, Track], k: int) -> dict[int, list[int]]:
-        """Drafts by sequence."""
-        rooms = {row: min(k, MAX_K, self._max_tokens - len(track.tokens) - 1) for row, track in tracks.items()}
-        wanted = {row: track for row, track in tracks.items() if rooms[row] > 0}
-        if not wanted:
-            return {}
-        if session is None or self._rests(session):
+    def _drafted(
+        self, session: Session | None, tracks: Mapping[int, Track], k: int
+    ) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+        """Drafts by sequence: those that were looked up, and those that were asked for."""
+        rooms = {number: min(k, MAX_K, self._max_tokens - len(each.tokens) - 1) for number, each in tracks.items()}
+        open_ = {number: track for number, track in tracks.items() if rooms[number] > 0}
+        if self._lookup:
+            for number, track in open_.items():
+                track.guess.renew(track.tokens, rooms[number])
+        trusted = {number: track.guess.rate for number, track in open_.items() if track.guess.trusted}
+        asked = [number for number in open_ if number not in trusted]
+        if asked and (session is None or self._rests(session)):
             self.figures.skipped += 1
-            return {}
+            asked = []
         if self._lengths is not None:
-            chosen = self._lengths.choose([track.number for track in wanted.values()])
-            rooms = {row: min(rooms[row], chosen[track.number]) for row, track in wanted.items()}
-            wanted = {row: track for row, track in wanted.items() if rooms[row] > 0}
-            if not wanted:
-                return {}
-        asked = self._round(session, wanted, rooms)
+            rates = {number: track.guess.rate for number, track in open_.items() if track.guess.ids}
+            wanted, guessed = self._lengths.choose(asked, trusted, rates)
+        else:
+            wanted, guessed = dict.fromkeys(asked, k), dict.fromkeys(trusted, k)
+        looked_up = {number: open_[number].guess.ids[:length] for number, length in guessed.items() if length > 0}
+        limits = {number: min(rooms[number], length) for number, length in wanted.items() if length > 0}
+        if session is None or not limits:
+            return looked_up, {}
+        return looked_up, self._answered(session, {number: open_[number] for number in limits}, limits)
+
+    def _answered(
+        self, session: Session, tracks: Mapping[int, Track], limits: Mapping[int, int]
+    ) -> dict[int, list[int]]:
+        """What a draft actor answers in time, by sequence."""
+        asked = self._round(session, tracks, limits)
         self.figures.asked += 1
         begin = self._clock()
         answer = session.ask(asked, self._patience())
@@ -221,7 +188,7 @@ class Asker:
             self.figures.drafting_s += answer.draft_us / 1e6
             self._misses = 0
         if self._lengths is not None and (answer is None or drafts):  # to have waited in vain is a cost as well
-            self._lengths.drafted(max(ask.k for ask in asked.asks), waited)
+            self._lengths.drafted(max(limits.values()), waited)
         return drafts
 
     def _learn(
@@ -236,7 +203,7 @@ class Asker:
             gained = len(track.tokens) - given.tokens if given is not None else 0
             if given is None or not 1 <= gained <= given.drafts + 1:
                 usual = False
-            elif given.drafts:
+            elif given.drafts and given.asked:
                 lengths.accepted(track.number, given.drafts, gained - 1)
         if usual and seconds is not None:
             lengths.verified(sum(given.drafts + 1 for given in self._given.values()), seconds)
@@ -258,20 +225,20 @@ class Asker:
         """What the actor does not know yet, with what it shall draft. From here on the session counts it as told."""
         ended, self._ended = self._ended, []
         asked = draft_pb2.DraftRound(ended=[each for each in ended if session.told.pop(each, None) is not None])
-        for row, track in tracks.items():
-            start = session.told.get(track.number, 0)
+        for number, track in tracks.items():
+            start = session.told.get(number, 0)
             hidden = track.hidden.take(len(track.tokens)) if session.hidden_size else None
             if hidden is not None and hidden.shape[1] != session.hidden_size:
                 hidden = None
             asked.asks.add(
-                sequence=track.number,
+                sequence=number,
                 start=start,
                 token_ids=track.tokens[start:].tolist(),
                 prefix_hash=prefix_hash(track.tokens),
-                k=limits[row],
+                k=limits[number],
                 hidden=packed(hidden) if hidden is not None else b"",
             )
-            session.told[track.number] = len(track.tokens)
+            session.told[number] = len(track.tokens)
         return asked
 
     def _usable(

@@ -1,10 +1,11 @@
-"""How many drafts to ask for: as many as bring the most tokens a second, which may be none.
+"""How many drafts to have: as many as bring the most tokens a second, which may be none.
 
 Three things are measured while an engine works. A step that verifies M tokens costs a + b M seconds; drafting k deep
 costs c + d k; and of each sequence it is known how often a draft was accepted when those before it were. With an
 acceptance of p, k drafts yield 1 + p + ... + p^k tokens (Leviathan et al., "Fast Inference from Transformers via
 Speculative Decoding", 2023, section 3.1), so the last of them adds p^k. For one depth of drafting drafts are handed out
-by what they add, the best first, for as long as that pays for their share of the step; the best depth wins.
+by what they add, the best first, for as long as that pays for their share of the step; the best depth wins. Drafts that
+are there already, since they were looked up, cost their share of the step alone.
 
 Nothing of this touches a clock: costs are told, and the choice depends on what was told alone.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 # Weight that an observation keeps from one to the next: of steps about the last fifty count, of acceptance the last
 # twenty, of drafting the last ten, since a draft actor becomes slow as soon as others ask it too.
@@ -22,6 +24,7 @@ _PRIOR_TRIALS, _PRIOR_RATE = 4.0, 0.6
 """What is assumed of a sequence that has just begun, beside what its engine has seen of others."""
 _CALIBRATION = 12
 """Rounds at the beginning in which lengths vary, so that there is something to fit."""
+_NONE: Mapping[int, float] = MappingProxyType({})
 _FIRST_REST, _LONGEST_REST, _PROBES = 16, 256, 4
 """Steps without drafts after which some rounds are asked for all the same: costs and texts change."""
 
@@ -110,24 +113,44 @@ class LengthChooser:
         """A sequence is over."""
         self._sequences.pop(sequence, None)
 
-    def choose(self, sequences: Sequence[int]) -> dict[int, int]:
-        """Drafts to ask for, of each sequence of the next step."""
-        if self._rounds < _CALIBRATION:
+    def choose(
+        self, asked: Sequence[int], guessed: Mapping[int, float] = _NONE, spare: Mapping[int, float] = _NONE
+    ) -> tuple[dict[int, int], dict[int, int]]:
+        """Choose for the sequences of the next step.
+
+        Args:
+            asked: those for which a draft actor would be asked.
+            guessed: those whose drafts are there already, each with the chance that one of them is right.
+            spare: the same of all that have such drafts, good or bad; taken where nobody is asked.
+
+        Returns:
+            Drafts to ask for, and how many to take of those that are there, by sequence.
+        """
+        if self._rounds < _CALIBRATION and (asked or guessed):
             self._rounds += 1
             depth = max(1, self._most * (self._rounds % 3 + 1) // 3)
-            return dict.fromkeys(sequences, depth)
-        rates = {sequence: self._of(sequence).rate for sequence in sequences}
-        lengths = best_lengths(rates, self._most, self._verify.fit(), self._draft.fit())
-        if any(lengths.values()):
+            return dict.fromkeys(asked, depth), dict.fromkeys(guessed, depth)
+        rates = {sequence: self._of(sequence).rate for sequence in asked}
+        verify = self._verify.fit()
+        lengths = best_lengths(rates, self._most, verify, self._draft.fit(), guessed)
+        wanted, taken = ({each: lengths[each] for each in some} for some in (asked, guessed))
+        if any(wanted.values()):
             self._rested, self._rest = 0, _FIRST_REST
-            return lengths
+        elif asked and self._probes():
+            wanted = dict.fromkeys(asked, max(1, self._most // 2))
+        else:
+            wanted, taken = {}, best_lengths({}, self._most, verify, (0.0, 0.0), {**spare, **guessed})
+        return wanted, taken
+
+    def _probes(self) -> bool:
+        """Whether to ask in a step in which nothing is to be gained by it."""
         self._rested += 1
         if self._rested < self._rest:
-            return lengths
+            return False
         if self._rested >= self._rest + _PROBES:
             self._rested, self._rest = 0, min(2 * self._rest, _LONGEST_REST)
-            return lengths
-        return dict.fromkeys(sequences, max(1, self._most // 2))
+            return False
+        return True
 
     def _of(self, sequence: int) -> Acceptance:
         if sequence not in self._sequences:
@@ -136,35 +159,41 @@ class LengthChooser:
 
 
 def best_lengths(
-    rates: Mapping[int, float], most: int, verify: tuple[float, float], draft: tuple[float, float]
+    rates: Mapping[int, float],
+    most: int,
+    verify: tuple[float, float],
+    draft: tuple[float, float],
+    guessed: Mapping[int, float] = _NONE,
 ) -> dict[int, int]:
     """Drafts of each sequence that bring the most tokens a second.
 
     Args:
-        rates: of each sequence, how likely a draft is accepted when those before it were; below 1.
+        rates: of each sequence to ask for, how likely a draft is accepted when those before it were; below 1.
         most: drafts of one sequence.
         verify: seconds of a step, and of each token in it.
         draft: seconds of a round of drafts, and of each step of its depth. A round that is not asked costs nothing.
+        guessed: as `rates`, of sequences whose drafts are there already.
 
     Returns:
         A length for each sequence, 0 for all where drafts do not pay.
     """
-    best = dict.fromkeys(rates, 0)
-    if not rates:
+    every = {**rates, **guessed}
+    best = dict.fromkeys(every, 0)
+    if not every:
         return best
     fixed, each = verify
-    most_rate = _ratio(len(rates), fixed + each * len(rates))
-    for depth in range(1, most + 1):
-        lengths = dict.fromkeys(rates, 0)
-        tokens, seconds = float(len(rates)), fixed + each * len(rates) + draft[0] + draft[1] * depth
-        gains = [(-rate, sequence) for sequence, rate in rates.items()]
+    most_rate = _ratio(len(every), fixed + each * len(every))
+    for depth in range(most + 1 if rates else 1):
+        lengths, rooms = dict.fromkeys(every, 0), dict.fromkeys(rates, depth) | dict.fromkeys(guessed, most)
+        tokens, seconds = float(len(every)), fixed + each * len(every) + (draft[0] + draft[1] * depth if depth else 0.0)
+        gains = [(-rate, sequence) for sequence, rate in every.items() if rooms[sequence]]
         heapq.heapify(gains)
         while gains and -gains[0][0] * seconds > each * tokens:
             gain, sequence = heapq.heappop(gains)
             tokens, seconds = tokens - gain, seconds + each
             lengths[sequence] += 1
-            if lengths[sequence] < depth:
-                heapq.heappush(gains, (gain * rates[sequence], sequence))
+            if lengths[sequence] < rooms[sequence]:
+                heapq.heappush(gains, (gain * every[sequence], sequence))
         if (rate := _ratio(tokens, seconds)) > most_rate:
             most_rate, best = rate, lengths
     return best

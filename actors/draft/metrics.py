@@ -52,6 +52,7 @@ class AskMetrics(Collector):
         yield CounterMetricFamily("joinwise:speculation_missed_rounds", "Rounds without an answer in time", now.missed)
         yield CounterMetricFamily("joinwise:speculation_skipped_steps", "Steps in which nobody was asked", now.skipped)
         yield CounterMetricFamily("joinwise:speculation_drafted_tokens", "Ids that the engine verified", now.drafted)
+        yield CounterMetricFamily("joinwise:speculation_looked_up_tokens", "Of those, looked up here", now.looked_up)
         yield CounterMetricFamily("joinwise:speculation_bytes", "Of rounds and their answers", now.bytes)
         yield CounterMetricFamily("joinwise:speculation_waited_seconds", "Time that steps waited", now.waited_s)
         refused = CounterMetricFamily("joinwise:speculation_refused", "Drafts that were not used", labels=["reason"])

@@ -18,7 +18,6 @@ from joinwise.actors.auth import is_loopback
 from joinwise.actors.draft.desk import Desk
 from joinwise.actors.draft.drafter import Drafter
 from joinwise.actors.draft.lookup import PromptLookup
-from joinwise.actors.draft.lookup_first import LookupFirst
 from joinwise.actors.draft.metrics import DeskMetrics
 from joinwise.actors.draft.service import DraftService
 from joinwise.actors.draft.vocabulary import Vocabulary
@@ -157,7 +156,7 @@ class DraftWorker:
             )
         except (ValueError, OSError, RuntimeError) as error:
             raise ConfigError(f"pool {self._pool.name!r} cannot draft with {settings.model!r}: {error}") from error
-        return LookupFirst(drafter) if settings.lookup else drafter, vocabulary, 0
+        return drafter, vocabulary, 0
 
     def _load_head(self, settings: DraftConfig, name: str) -> tuple[Drafter, Vocabulary, int]:
         from joinwise.actors.draft.head import head_folder
@@ -178,7 +177,7 @@ class DraftWorker:
             )
         except RuntimeError as error:
             raise ConfigError(f"pool {self._pool.name!r} cannot draft with the head {name!r}: {error}") from error
-        return LookupFirst(drafter) if settings.lookup else drafter, vocabulary, drafter.hidden_size
+        return drafter, vocabulary, drafter.hidden_size
 
     @property
     def _device(self) -> str:

@@ -40,7 +40,8 @@ class DraftSettings:
         cluster, worker_id: who it is.
         vocabulary: what its token ids mean.
         deadline_s: seconds that a step waits for drafts at most; None waits for as long as two steps take.
-        adaptive: choose how many drafts to ask for by what they cost and bring.
+        adaptive: choose how many drafts to have by what they cost and bring.
+        lookup: draft from a sequence's own text where it repeats itself, and ask for the others.
         token: shown to draft actors; empty for none.
         tls: the cluster's certificates; None for plain text.
     """
@@ -50,6 +51,7 @@ class DraftSettings:
     vocabulary: Vocabulary
     deadline_s: float | None
     adaptive: bool = True
+    lookup: bool = False
     token: str = ""
     tls: PeerTlsConfig | None = None
 
@@ -88,6 +90,7 @@ class RemoteProposer:
             vocabulary=self._ids,
             max_tokens=self._max_tokens,
             patience_s=settings.deadline_s,
+            lookup=settings.lookup,
             lengths=LengthChooser(self._k) if settings.adaptive else None,
         )
         self._link = DraftLink(hello, channel, bearer(settings.token))

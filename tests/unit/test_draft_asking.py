@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, ClassVar, cast
 
@@ -15,9 +15,10 @@ from helpers.draft_rig import HELLO, ServedDesk, linked, opened, scripted, token
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from joinwise.actors.draft.asking import _FORGET_AFTER, Asker, Tracks
+from joinwise.actors.draft.asking import Asker
 from joinwise.actors.draft.link import DraftLink, Session
 from joinwise.actors.draft.lookup import PromptLookup
+from joinwise.actors.draft.tracks import _FORGET_AFTER, Tracks
 from joinwise.proto import draft_pb2
 
 PATIENCE_S = 5.0
@@ -339,8 +340,11 @@ class Told:
         self.length = 2
         self.told: list[tuple[Any, ...]] = []
 
-    def choose(self, sequences: Sequence[int]) -> dict[int, int]:
-        return dict.fromkeys(sequences, self.length)
+    def choose(
+        self, asked: Sequence[int], guessed: Mapping[int, float], spare: Mapping[int, float]
+    ) -> tuple[dict[int, int], dict[int, int]]:
+        self.spare = dict(spare)
+        return dict.fromkeys(asked, self.length), dict.fromkeys(guessed, self.length)
 
     def verified(self, tokens: int, seconds: float) -> None:
         self.told.append(("verified", tokens, round(seconds, 6)))
@@ -417,3 +421,44 @@ def test_the_chooser_never_gets_more_than_there_is_room_for() -> None:
     asking = Asker(vocabulary=1000, max_tokens=8, patience_s=1, lengths=told)  # type: ignore[arg-type]
     assert asking.drafts(session, {0: tokens(1, 2, 3, 4)}, 4) == {0: [5, 6, 7]}  # type: ignore[arg-type]
     assert asking.drafts(session, {0: tokens(1, 2)}, 4) == {0: [5, 6, 7, 8]}  # type: ignore[arg-type]
+
+
+# Drafts that are looked up.
+
+REPEATED = tokens(1, 2, 3, 4, 1, 2, 3)
+
+
+def test_what_a_text_says_itself_is_asked_of_nobody() -> None:
+    session = Answering()
+    asking = Asker(vocabulary=1000, max_tokens=64, patience_s=1, lookup=True)
+    rows = {0: REPEATED, 1: tokens(8, 9), 2: tokens(*REPEATED, 4)}
+    assert asking.drafts(session, rows, 3) == {0: [4, 1, 2], 1: [5, 6, 7], 2: [1, 2, 3]}  # type: ignore[arg-type]
+    assert len(session.told) == 1
+    assert asking.drafts(None, {row: tokens(*text, 4) for row, text in rows.items()}, 3) == {0: [1, 2, 3]}
+    figures = asking.figures
+    assert (figures.asked, figures.skipped, figures.drafted, figures.looked_up) == (1, 1, 12, 9)
+
+
+def test_a_guess_that_was_wrong_is_asked_for_and_what_drafts_bring_is_told_of_those_alone() -> None:
+    told, session = Told(), Answering()
+    asking = Asker(vocabulary=1000, max_tokens=64, patience_s=1, lookup=True, lengths=told, clock=lambda: session.now)  # type: ignore[arg-type]
+    assert asking.drafts(session, {0: REPEATED}, 4) == {0: [4, 1]}  # type: ignore[arg-type]
+    session.now += 0.1
+    text = tokens(*REPEATED, 99, 1, 2, 3)
+    assert asking.drafts(session, {0: tokens(*REPEATED, 99)}, 4) == {0: [5, 6]}  # type: ignore[arg-type]
+    assert told.take() == [("verified", 3, 0.1), ("drafted", 2, 0.01)]
+    assert asking.drafts(session, {0: text[:9]}, 4) == {0: [5, 6]}  # type: ignore[arg-type]
+    assert told.take()[0] == ("accepted", 2, 0)
+    assert asking.drafts(session, {0: text}, 4) == {0: [5, 6]}  # type: ignore[arg-type]
+    assert 0 < told.spare[1] < 0.6  # it is there, and not trusted
+
+
+def test_doubtful_guesses_are_used_where_nobody_can_be_asked() -> None:
+    told = Told()
+    told.choose = lambda asked, guessed, spare: ({}, dict.fromkeys(spare, 3))  # type: ignore[assignment, method-assign]
+    asking = Asker(vocabulary=1000, max_tokens=64, patience_s=1, lookup=True, lengths=told)  # type: ignore[arg-type]
+    text = [*REPEATED, 99, 1, 2, 3]
+    for size in (7, 8, 11):
+        drafted = asking.drafts(None, {0: tokens(*text[:size])}, 4)
+    assert drafted == {0: [99, 1, 2]}
+    assert asking.drafts(None, {0: tokens(*text, *([7] * 51))}, 4) == {0: [7]}  # there is room for one

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from joinwise.actors.draft.head import BUILT_IN, head_folder, load_head
 from joinwise.actors.draft.head_drafter import HeadDrafter
 from joinwise.actors.draft.lookup import PromptLookup
-from joinwise.actors.draft.lookup_first import LookupFirst
 from joinwise.actors.draft.train.continuing import ATTENTION, go_on
 from joinwise.actors.draft.train.measuring import AT_ONCE, Worth, measure
 from joinwise.actors.draft.train.recording import Recording
@@ -56,7 +55,7 @@ def test_it_is_worth_more_than_lookup(small_model: Any, answers: list[Recording]
         return HeadDrafter(head, slots=AT_ONCE, max_tokens=longest, name="head", threads=1)
 
     alone, lookup = measure(drafter(), answers, 4), measure(PromptLookup(), answers, 4)
-    both = measure(LookupFirst(drafter()), answers, 4)  # as a draft pool has it
+    both = measure(drafter(), answers, 4, lookup=True)  # as an engine has it
     said = f"head {_said(alone)}, lookup {_said(lookup)}, both {_said(both)}"
     assert min(alone.rounds, lookup.rounds, both.rounds) > 50
     assert alone.accepted_length > lookup.accepted_length, said

@@ -17,7 +17,6 @@ from joinwise.actors.draft.desk import Desk, Engine
 from joinwise.actors.draft.drafter import Ask
 from joinwise.actors.draft.hidden import MAX_HIDDEN, HiddenTail, packed, unpacked
 from joinwise.actors.draft.lookup import PromptLookup
-from joinwise.actors.draft.lookup_first import LookupFirst
 from joinwise.actors.vllm.hidden_tap import HiddenTap
 from joinwise.proto import draft_pb2
 
@@ -142,20 +141,6 @@ def test_an_actor_that_wants_none_hears_none() -> None:
     assert drafter.heard == [None]
 
 
-def test_what_was_looked_up_is_told_to_the_model_later() -> None:
-    model = Listening()
-    drafter = LookupFirst(model)
-    text = [*range(1, 9)] * 3
-    drafter.draft([Ask("a", tokens(*text[:6]), 2, states(4, 1))])
-    for at in range(7, 20):  # it repeats itself, and is trusted
-        drafter.draft([Ask("a", tokens(*text[:at]), 2, states(at - 2, 1))])
-    asked = len(model.heard)
-    drafter.draft([Ask("a", tokens(*text[:19], 90, 91), 2, states(18, 2))])
-    assert len(model.heard) == asked + 1
-    told = [position for heard in model.heard for position in heard or ()]
-    assert told == [float(each) for each in range(4, 20)]  # each once
-
-
 # At the engine.
 
 
@@ -174,6 +159,22 @@ def test_an_engine_tells_them_once_and_keeps_them_while_nobody_is_asked() -> Non
         asking.drafts(session, {2: text[:10]}, 4)
         asking.drafts(session, {2: text[:11]}, 4, hidden={2: states(9, 1)[:, :2]})  # of another size than it wants
     assert drafter.heard == [[4], [5, 6, 7], None, None]
+
+
+def test_they_are_kept_while_drafts_are_looked_up() -> None:
+    drafter = Listening()
+    text = [*range(1, 9)] * 3
+    with ServedDesk(drafter, hidden_size=SIZE) as served, linked(served.address) as link:
+        session = opened(link)
+        asking = Asker(vocabulary=1000, max_tokens=64, patience_s=5.0, lookup=True)
+        asking.drafts(session, {0: tokens(*text[:6])}, 2, hidden={0: states(4, 1)})
+        for at in range(7, 20):  # from the eleventh on it repeats itself, and is trusted
+            asking.drafts(session, {0: tokens(*text[:at])}, 2, hidden={0: states(at - 2, 1)})
+        asked = len(drafter.heard)
+        asking.drafts(session, {0: tokens(*text[:19], 90, 91)}, 2, hidden={0: states(18, 2)})
+    assert len(drafter.heard) == asked + 1 < 14
+    assert asking.figures.looked_up
+    assert [each for heard in drafter.heard for each in heard or ()] == list(range(4, 20))  # each once
 
 
 def test_an_actor_that_wants_none_is_sent_none() -> None:

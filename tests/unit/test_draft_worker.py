@@ -176,7 +176,7 @@ async def test_a_head_drafts_for_the_target_that_it_was_trained_for_alone(
     async with working(configured(cluster_name, draft, models=models), redis_server.url) as (worker, facts):
         found = await Drafts(redis_client, cluster_name, worker._config.router).bind("drafts", "engine")
         assert found is not None
-        assert (found.drafter, found.vocabulary_model) == ("lookup, then head of tiny", "m")
+        assert (found.drafter, found.vocabulary_model) == ("head of tiny", "m")
         vocabulary = draft_pb2.DraftVocabulary(model="m", size=IDS, digest=found.vocabulary_digest)
         hello = draft_pb2.DraftHello(protocol_version=1, cluster=cluster_name, worker_id="w", vocabulary=vocabulary)
         async with grpc.aio.insecure_channel(facts["draft_address"]) as channel:

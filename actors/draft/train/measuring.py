@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from joinwise.actors.draft.drafter import Ask, Drafter
+from joinwise.actors.draft.hidden import MAX_HIDDEN
+from joinwise.actors.draft.lookup import Guess
 from joinwise.actors.draft.train.recording import Recording
 
 
@@ -53,18 +55,24 @@ class _Course:
     recording: Recording
     told: int
     at: int
+    guess: Guess = field(default_factory=Guess)
+
+    def looked_up(self, k: int) -> list[int]:
+        self.guess.renew(self.recording.tokens[: self.at], min(k, len(self.recording.tokens) - self.at))
+        return self.guess.ids if self.guess.trusted else []
 
     def ask(self, k: int, *, tell: bool = True) -> Ask:
         text = self.recording.tokens
-        hidden = self.recording.hidden[self.told : self.at - 1] if tell else None
+        hidden = self.recording.hidden[max(self.told, self.at - 1 - MAX_HIDDEN) : self.at - 1] if tell else None
         return Ask(self.number, text[: self.at], min(k, len(text) - self.at), hidden)
 
 
-def measure(drafter: Drafter, recordings: Sequence[Recording], k: int) -> Worth:
+def measure(drafter: Drafter, recordings: Sequence[Recording], k: int, *, lookup: bool = False) -> Worth:
     """Let a drafter draft up to `k` tokens a round along each answer.
 
     It is told what an engine would tell it that computed no prompt but its last token: tokens, and the hidden states of
-    those that the target has verified. What it puts off is waited for.
+    those that the target has verified. What it puts off is waited for. With `lookup` it is asked only where what an
+    engine looks up does not deserve trust.
     """
     worth = Worth(right=[0] * k)
     waiting = [
@@ -75,7 +83,7 @@ def measure(drafter: Drafter, recordings: Sequence[Recording], k: int) -> Worth:
     live: list[_Course] = []
     while waiting or live:
         live, waiting = live + waiting[: AT_ONCE - len(live)], waiting[AT_ONCE - len(live) :]
-        for course, drafted in zip(live, _drafts(drafter, live, k), strict=True):
+        for course, drafted in zip(live, _drafts(drafter, live, k, lookup), strict=True):
             text, at = course.recording.tokens, course.at
             right = 0
             while right < len(drafted) and drafted[right] == text[at + right]:
@@ -85,7 +93,7 @@ def measure(drafter: Drafter, recordings: Sequence[Recording], k: int) -> Worth:
             worth.drafted += len(drafted)
             gained = min(right + 1, len(text) - at)
             worth.tokens += gained
-            course.told, course.at = at - 1, at + gained
+            course.at += gained
         for course in live:
             if course.at >= len(course.recording.tokens):
                 drafter.forget(course.number)
@@ -93,9 +101,16 @@ def measure(drafter: Drafter, recordings: Sequence[Recording], k: int) -> Worth:
     return worth
 
 
-def _drafts(drafter: Drafter, courses: Sequence[_Course], k: int) -> list[list[int]]:
-    drafts = drafter.draft([course.ask(k) for course in courses])
-    while (late := [at for at, ids in enumerate(drafts) if not ids]) and drafter.catch_up():
-        for at, ids in zip(late, drafter.draft([courses[at].ask(k, tell=False) for at in late]), strict=True):
+def _drafts(drafter: Drafter, courses: Sequence[_Course], k: int, lookup: bool) -> list[list[int]]:
+    drafts = [course.looked_up(k) if lookup else [] for course in courses]
+    asked = late = [at for at, ids in enumerate(drafts) if not ids]
+    tell = True
+    while late:
+        for at, ids in zip(late, drafter.draft([courses[at].ask(k, tell=tell) for at in late]), strict=True):
             drafts[at] = ids
+        late, tell = [at for at in late if not drafts[at]], False
+        if not drafter.catch_up():
+            break
+    for at in asked:
+        courses[at].told = courses[at].at - 1
     return drafts

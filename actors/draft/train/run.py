@@ -145,11 +145,10 @@ def train(out: Path, target: LocalModel, asked: Asked, plan: Plan, say: Say) -> 
 def _measured(
     out: Path, target: LocalModel, spoken: Mapping[str, Sequence[Any]], plan: Plan, say: Say
 ) -> list[dict[str, Any]]:
-    """What the head, lookup, and a draft pool's usual mixture of both are worth, by where prompts are from."""
+    """What the head, lookup, and an engine's usual mixture of both are worth, by where prompts are from."""
     from joinwise.actors.draft.head import load_head
     from joinwise.actors.draft.head_drafter import HeadDrafter
     from joinwise.actors.draft.lookup import PromptLookup
-    from joinwise.actors.draft.lookup_first import LookupFirst
     from joinwise.actors.draft.train.measuring import AT_ONCE, measure
 
     longest = max(len(each.tokens) for some in spoken.values() for each in some) + plan.k
@@ -161,8 +160,8 @@ def _measured(
     rows = []
     for done, (name, some) in enumerate(spoken.items()):
         say("measured", done, len(spoken), name)
-        for drafts, with_ in (("head", drafter()), ("lookup", PromptLookup()), ("both", LookupFirst(drafter()))):
-            worth = measure(with_, some, plan.k)
+        for drafts, with_ in (("head", drafter()), ("lookup", PromptLookup()), ("both", drafter())):
+            worth = measure(with_, some, plan.k, lookup=drafts == "both")
             rates = {
                 "accepted_length": round(worth.accepted_length, 4),
                 "tokens_per_round": round(worth.tokens_per_round, 4),
