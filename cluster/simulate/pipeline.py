@@ -5,7 +5,6 @@ Replies come in the order of the commands, so whoever drives the coroutines may 
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from collections.abc import Coroutine, Generator, Iterable, Sequence
 from typing import Any
@@ -31,31 +30,8 @@ class _Command:
         return (yield self)
 
 
-class _Script:
-    """A script of a `Recorder`: what redis-py makes of one, without what a real connection would need.
-
-    Args:
-        text: its source.
-    """
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-        self._sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
-
-    async def __call__(self, keys: Sequence[str], args: Sequence[str | int | bytes]) -> Any:
-        command = _Command(_packed(("EVALSHA", self._sha, len(keys), *keys, *args)))
-        try:
-            return await command
-        except redis.exceptions.NoScriptError:
-            await _Command(_packed(("SCRIPT", "LOAD", self._text)))
-            return await command
-
-
 class Recorder(Redis):
     """A client whose commands are handed to whoever drives the coroutine, instead of being sent."""
-
-    def register_script(self, script: Any) -> Any:
-        return _Script(script)
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         return await _Command(_packed((*args[0].split(), *args[1:])))  # redis-py names some commands with two words

@@ -10,6 +10,7 @@ import redis
 
 from joinwise.cluster.errors import OverloadedError, StoreUnavailableError
 from joinwise.cluster.simulate.pipeline import Pipeline, Recorder, VirtualClock
+from joinwise.cluster.store.client import Scripts
 from joinwise.cluster.store.embedded import EmbeddedRedis
 
 
@@ -21,12 +22,13 @@ def pipeline(redis_server: EmbeddedRedis) -> Iterator[Pipeline]:
 
 
 def test_replies_go_to_whom_they_belong_when_scripts_are_forgotten(
-    pipeline: Pipeline, redis_server: EmbeddedRedis
+    pipeline: Pipeline, redis_server: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = Recorder().register_script("-- echo\nreturn { KEYS[1], ARGV[1], ARGV[2] }")
+    echo = "-- echo\nreturn { KEYS[1], ARGV[1], ARGV[2] }"
+    monkeypatch.setattr("joinwise.cluster.store.client.script_text", lambda *_: echo)
 
     async def ask(number: int) -> Any:
-        return await script(keys=[f"k{number}"], args=[number, b"\x00\r\n"])
+        return await Scripts(Recorder(), f"k{number}").run("echo", number, b"\x00\r\n")
 
     with redis.Redis.from_url(redis_server.url) as other:
         other.script_flush()
