@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
-from joinwise.actors import ray_api
+from joinwise.actors import cpu, ray_api
 from joinwise.actors.spec import WorkerSpec
 from joinwise.cluster.config import JoinwiseConfig
 
@@ -37,6 +38,7 @@ class GatewayHost:
     """A gateway as an actor: `start`, `stop`, `failure`, `phases`."""
 
     def __init__(self, config: JoinwiseConfig, redis_url: str) -> None:
+        os.environ.update(cpu.GATEWAY)
         from joinwise.actors.gateway.gateway import Gateway
 
         self._gateway = Gateway(config, redis_url)

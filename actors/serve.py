@@ -83,7 +83,7 @@ class GatewayReplica:
     async def __init__(self, config: JoinwiseConfig, engines: DeploymentHandle) -> None:  # type: ignore[misc]
         # Before torch is imported. Not Ray's runtime environment: a Serve configuration that sets actor options of its
         # own would drop it.
-        os.environ.update(cpu.environment(1, config.log.level))
+        os.environ.update(cpu.environment(1, config.log.level) | cpu.GATEWAY)
         from joinwise.actors.gateway.gateway import Gateway
 
         self._engines = engines
