@@ -17,6 +17,7 @@ from typing import Any
 
 import uvicorn
 from prometheus_client import REGISTRY, Gauge
+from vllm.envs import enable_envs_cache
 
 from joinwise.actors.gateway.acceptance import Acceptance, acceptance
 from joinwise.actors.gateway.adapters import adapter_routes
@@ -129,6 +130,7 @@ class Gateway:
         for model in config.models:
             beside = self._models[0].app if self._models else None
             self._models.append(await serve_model(model, shared, beside))
+        enable_envs_cache()  # vLLM asks for some of its settings with every token
         if self._series is not None:
             names = [each.name for each in self._models]
             self._series.show(names, tools=any(each.app.state.args.tool_call_parser for each in self._models))
