@@ -117,15 +117,17 @@ class _Call:
                 raise note_error(self._too_large())  # the application makes a 400 of it
         return message
 
-    async def send(self, message: Message) -> None:
+    def send(self, message: Message) -> Awaitable[None]:
         """Pass a message on, once the request has its workers.
 
         A stream that begins before vLLM's `generate` was called (/v1/responses) is held until then.
         """
+        if self.started and not self._wants_ledger and not self._replaced:
+            return self._send(message)  # a stream that goes on: this runs for every token, without a coroutine of ours
+        return self._hold_or_pass(message)
+
+    async def _hold_or_pass(self, message: Message) -> None:
         if self._replaced:
-            return
-        if self.started and not self._wants_ledger:  # a stream that goes on: this runs for every token
-            await self._send(message)
             return
         start = message["type"] == "http.response.start"
         if not self.tickets and ((start and _streams(message)) or (self._held and message.get("more_body"))):

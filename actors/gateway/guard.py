@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from contextlib import contextmanager
 
 from joinwise.actors import logs
@@ -189,12 +189,12 @@ class _Answer:
         self._told = told
         self.status = 0
 
-    async def send(self, message: Message) -> None:
-        """Pass a message on."""
+    def send(self, message: Message) -> Awaitable[None]:
+        """Pass a message on. No coroutine of its own: this runs for every token."""
         if message["type"] == "http.response.start":
             self.status = int(message["status"])
             self._told(self.status)
-        await self._send(message)
+        return self._send(message)
 
     async def refuse(self, error: JoinwiseError, path: str) -> None:
         """Answer with an error, if nothing has been said."""

@@ -293,7 +293,8 @@ class ClusterCore(EngineCoreClient):
         shift = now - frame.timestamp
         outputs = []
         for output in frame.outputs:
-            split.shift_times(output, shift)
+            if output.events:
+                split.shift_times(output, shift)
             merged = self._merge(output, now)
             if merged is not None:
                 outputs.append(merged)
@@ -319,7 +320,8 @@ class ClusterCore(EngineCoreClient):
                 self._prefill_ended(live, handed)
         else:
             live.ticket.prompt_ready.set()
-            skipping, step_s = live.merge.to_skip, split.step_seconds(output, now)
+            skipping = live.merge.to_skip
+            step_s = split.step_seconds(output, now) if skipping else 0.0
             joined = live.prefill_done or bool(live.attempt and live.merge.emitted)
             merged = live.merge.from_decode(output, joined=joined)
             live.ledger.replayed(skipping - live.merge.to_skip, step_s)
