@@ -120,19 +120,22 @@ def gateway(
     from joinwise.actors.bench.gateway import run
 
     absent = ray_pd.missing()
+    how = "stub engines, 5 ms a step, processes free to run on every core; split: real engines, one core each"
+    machine = report.machine(sides=how, at_once=at_once, requests=requests)
     with _progress() as say:
         figures, rows, missing = run(requests, at_once, rounds, say, tls)
+        if json is not None:
+            report.write(json, "gateway", figures, rows, machine)
         if not absent:
             split, split_rows = ray_pd.run(requests // 4, rounds, say)
             figures, rows = figures | split, rows + split_rows
+            if json is not None:
+                report.write(json, "gateway", figures, rows, machine)
     for line in missing + absent:
         console.print(f"not measured: {line}")
     for row in rows:
         Console().print(row)
     _show_figures("gateway", figures)
-    if json is not None:
-        how = "stub engines, 5 ms a step, processes free to run on every core; split: real engines, one core each"
-        report.write(json, "gateway", figures, rows, report.machine(sides=how, at_once=at_once, requests=requests))
 
 
 @bench.command()
