@@ -139,7 +139,7 @@ def test_the_table_of_the_documentation_has_a_line_for_each_side() -> None:
             figures |= {
                 f"{side}_{kind}_{what}_{rows}": place + rows / 100 for what in ("share", "cost") for rows in verify.ROWS
             }
-    lines = list(write(figures))
+    lines = list(write(figures, []))
     assert lines.count("| joinwise | 2.01 | 2.04 | 2.08 | 2.16 | 2.32 | 2.04, 2.08, 2.16 |") == 2
     assert "| torch | 0.01 | 0.04 | 0.08 | 0.16 | 0.32 | 0.04, 0.08, 0.16 |" in lines
 
