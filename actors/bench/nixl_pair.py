@@ -33,6 +33,7 @@ class NixlPair:
     def __init__(self, prefill: str, decode: str, processes: Sequence[psutil.Process]) -> None:
         self.prefill, self.decode = prefill, decode
         self._processes = processes
+        self._stop()
 
     @contextmanager
     def awake(self) -> Iterator[None]:
@@ -41,13 +42,16 @@ class NixlPair:
         try:
             yield
         finally:
-            for process in self._processes:
-                process.suspend()
+            self._stop()
 
     def resume(self) -> None:
         """Let them run."""
         for process in self._processes:
             process.resume()
+
+    def _stop(self) -> None:
+        for process in self._processes:
+            process.suspend()
 
 
 @contextmanager
