@@ -27,7 +27,7 @@ import yaml
 from joinwise.actors.bench.local import local_cluster
 from joinwise.actors.bench.nixl_pair import NixlPair
 from joinwise.actors.bench.plain import plain_vllm
-from joinwise.actors.bench.serve import MODEL, Answer, ask
+from joinwise.actors.bench.serve import MODEL, Answer, ask, question
 from joinwise.actors.bench.server import free_port, server
 from joinwise.actors.models import resolve_model
 from joinwise.cluster.config import JoinwiseConfig
@@ -37,6 +37,7 @@ _OURS, _RAY, _PLAIN = "joinwise split", "ray.serve.llm P/D", "one plain engine"
 _MAX_MODEL_LEN = 1024
 _ENGINE = {"enforce_eager": True, "kv_cache_memory_bytes": 200_000_000, "block_size": 32, "max_num_seqs": 4}
 _PROMPT, _TOKENS, _WARM = 256, 8, 4
+_START_S = 300.0
 
 Say = Callable[[str], None]
 
@@ -99,6 +100,10 @@ def ray_pd(model_path: str, cores: Sequence[int], engine: dict[str, Any], folder
     }
     before = {process.pid for process in psutil.process_iter()}
     with server("ray.serve.llm", command, port, folder / "ray-pd.log", variables, path="/v1/models") as url:
+        body = question([1000] * _PROMPT, _TOKENS) | {"stream": False}
+        httpx.post(
+            f"{url}/v1/completions", json=body, timeout=_START_S
+        ).raise_for_status()  # its models are listed before
         engines = [each for each in psutil.process_iter(["name"]) if each.pid not in before and _computes(each)]
         pair = NixlPair(url, url, engines)
         try:
