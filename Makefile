@@ -50,11 +50,17 @@ soak: env ## steady load on a cluster, and nothing may grow: make soak REQUESTS=
 
 test-gpu: env ## the tests that need a GPU: kernels, KV in device memory, engines; says what it skips, and why
 	HF_HUB_OFFLINE=1 .venv/bin/pytest -m gpu -rs tests/unit/test_kv_pack_gpu.py tests/unit/test_kv_codec.py \
-	  tests/unit/test_kv_device.py tests/unit/test_lanes.py tests/unit/test_draft_causal.py tests/integration/test_gpu_runners.py $(ARGS)
+	  tests/unit/test_kv_device.py tests/unit/test_lanes.py tests/unit/test_draft_causal.py tests/unit/test_draft_forward.py \
+	  tests/integration/test_gpu_runners.py $(ARGS)
 
-bench-gpu: env ## KV between GPUs and CPUs and the kernels on a GPU; says what it could not measure, and why
+# Drafts on a GPU for a target on CPUs need two environments: this one with ACCELERATOR=cpu, and one for GPUs elsewhere.
+DRAFT_PYTHON ?= $(PYTHON_ENV)
+PROMPTS ?= ../shared/data/prompts
+bench-gpu: env ## KV between GPUs and CPUs, kernels and drafts on a GPU; says what it could not measure, and why
 	@mkdir -p out
 	.venv/bin/joinwise bench kv --gpu --json out/bench-gpu.json $(ARGS)
+	.venv/bin/joinwise bench speculate --draft-gpu --draft-python $(DRAFT_PYTHON) --data $(PROMPTS) --max-tokens 96 \
+	  --side fixed --side ahead --side adaptive --engine quantization=joinwise --json out/bench-gpu-speculate.json
 
 fidelity: env ## a trace through a real cluster here and through the simulator of it: result, table, plot (5 minutes)
 	HF_HUB_OFFLINE=1 .venv/bin/joinwise bench fidelity --json docs/results/fidelity.json $(ARGS)

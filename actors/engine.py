@@ -243,6 +243,7 @@ class EngineWorker:
             deadline_s=settings.deadline_ms / 1000 if settings.deadline_ms is not None else None,
             adaptive=settings.adaptive,
             lookup=with_.lookup and (with_.model is not None or with_.head is not None),
+            recall=with_.recall,
             token=self._token,
             tls=self._config.tls,
         )

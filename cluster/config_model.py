@@ -140,6 +140,9 @@ class DraftConfig(Section):
     lookup: bool = True
     """Let engines draft from the text itself where it repeats itself, and ask elsewhere; without a model it is all that
     the pool does."""
+    recall: int = Field(default=0, ge=0, le=1 << 24)
+    """Tokens of its latest answers that each engine keeps, to draft from them where another answer goes on like one.
+    What others were answered then tells in how fast an answer comes, never in what it says. 0 keeps none."""
     ahead: bool | None = None
     """Let the model draft on while the engine verifies what it sent. None does so on GPUs, and on cores that are given
     to the pool by `cores`; where it shares cores with engines it slows them down."""

@@ -1,17 +1,16 @@
 """`joinwise bench ...`: every claim about speed comes from one of these."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-import yaml
 from rich.console import Console
 from rich.table import Table
 
+from joinwise.actors.bench.shown import Json, console, progress, show_figures
+from joinwise.actors.bench.speculate_commands import speculate, verify
+
 bench = typer.Typer(help="Measure against a named baseline, in the same run.", no_args_is_help=True)
-console = Console(stderr=True, highlight=False)
 _HANDOFF_SHOWN = (
     "link",
     "transport",
@@ -22,24 +21,6 @@ _HANDOFF_SHOWN = (
     "gap_ms",
     "same_tokens",
 )
-Json = Annotated[Path | None, typer.Option("--json", help="Write figures, rows and the machine's description here")]
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """Shows what is being done: in one line of a terminal, line by line elsewhere."""
-    if not console.is_terminal:
-        yield lambda line: console.print(line, markup=False)
-        return
-    with console.status("starting") as status:
-        yield status.update
-
-
-def _show_figures(name: str, figures: dict[str, float]) -> None:
-    table = Table("figure", "value", title=f"joinwise bench {name}")
-    for figure, value in figures.items():
-        table.add_row(figure, f"{value:g}")
-    Console().print(table)
 
 
 @bench.callback()
@@ -58,9 +39,9 @@ def serve(
     from joinwise.actors.bench import report
     from joinwise.actors.bench.serve import run
 
-    with _progress() as say:
+    with progress() as say:
         figures, rows = run(requests, max_tokens, dtype or ["float32", "bfloat16"], say)
-    _show_figures("serve", figures)
+    show_figures("serve", figures)
     if json is not None:
         cores = "split: two engines on one core each, gateway free; plain: engine on the cores named, server free"
         report.write(json, "serve", figures, rows, report.machine(sides=cores, kv_block_size=32))
@@ -87,7 +68,7 @@ def handoff(
     sides = [Side(each, how, rate) for rate in link or [""] for each in transports for how in codecs]
     if said := kv_nixl.missing():
         console.print(f"not measured: {said}")
-    with _progress() as say:
+    with progress() as say:
         lengths = [length for length in LENGTHS if length <= longest]
         figures, rows = run(sides, lengths, dtype, repeats, not said, say)
     table = Table(*_HANDOFF_SHOWN, title="joinwise bench handoff")
@@ -99,7 +80,7 @@ def handoff(
             )
         )
     Console().print(table)
-    _show_figures("handoff", figures)
+    show_figures("handoff", figures)
     if json is not None:
         how = "two engines on one core each, gateway free; one cluster per side, one after the other"
         report.write(json, "handoff", figures, rows, report.machine(sides=how, kv_block_size=32))
@@ -122,7 +103,7 @@ def gateway(
     absent = ray_pd.missing()
     how = "stub engines, 5 ms a step, processes free to run on every core; split: real engines, one core each"
     machine = report.machine(sides=how, at_once=at_once, requests=requests)
-    with _progress() as say:
+    with progress() as say:
         figures, rows, missing = run(requests, at_once, rounds, say, tls)
         if json is not None:
             report.write(json, "gateway", figures, rows, machine)
@@ -135,7 +116,7 @@ def gateway(
         console.print(f"not measured: {line}")
     for row in rows:
         Console().print(row)
-    _show_figures("gateway", figures)
+    show_figures("gateway", figures)
 
 
 @bench.command()
@@ -156,14 +137,14 @@ def goodput(
 
     kept = report.rows_of(json, "goodput") if json is not None and json.exists() else []
     how = "two engines on one core each on every side, idle while another is measured; the client on the same cores"
-    with _progress() as say:
+    with progress() as say:
         for rows in run([parse(each) for each in trace], requests, seeds, say):
             kept = [row for row in kept if row["trace"] != rows[0]["trace"]] + rows
             figures = figures_of(kept)
             if json is not None:
                 described = report.machine(sides=how, requests=requests, seeds=seeds)
                 report.write(json, "goodput", figures, kept, described)
-    _show_figures("goodput", figures)
+    show_figures("goodput", figures)
 
 
 @bench.command()
@@ -176,9 +157,9 @@ def router(
     from joinwise.actors.bench import report
     from joinwise.actors.bench.route import run
 
-    with _progress() as say:
+    with progress() as say:
         figures, rows = run(decisions, race, say)
-    _show_figures("router", figures)
+    show_figures("router", figures)
     if json is not None:
         sides = "one embedded Redis; gateways are processes of their own; all share the cores"
         report.write(json, "router", figures, rows, report.machine(sides=sides))
@@ -199,7 +180,7 @@ def kv(
     from joinwise.actors.bench import kv as bench_kv
     from joinwise.actors.bench import kv_device, kv_tls, report
 
-    with _progress() as say:
+    with progress() as say:
         if tls is not None:
             found, rows = kv_tls.run(tls, size or kv_tls.SIZES_MB, repeats, say)
             figures: dict[str, float | None] = {**found}
@@ -226,63 +207,12 @@ def simulate(
     from joinwise.actors.bench import report
     from joinwise.actors.bench.simulate import run
 
-    with _progress() as say:
+    with progress() as say:
         figures, rows = run(requests, say)
-    _show_figures("simulate", figures)
+    show_figures("simulate", figures)
     if json is not None:
         sides = "one process and one embedded Redis a run; both share the cores"
         report.write(json, "simulate", figures, rows, report.machine(sides=sides))
-
-
-@bench.command()
-def speculate(
-    dataset: Annotated[list[str] | None, typer.Option(help="Of the prompts; humaneval and gsm8k by default")] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="Answers at once; 1 and 4 by default", min=1)] = None,
-    side: Annotated[
-        list[str] | None, typer.Option(help="Beside the engine without speculation: silent, lookup, fixed, ...")
-    ] = None,
-    first: Annotated[int, typer.Option(help="The first prompt of each dataset", min=0)] = 0,
-    count: Annotated[int, typer.Option("--prompts", help="Prompts of each dataset", min=1)] = 4,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most", min=2, max=512)] = 64,
-    target: Annotated[str, typer.Option(help="The model that answers")] = "qwen2.5-coder-1.5b-instruct",
-    draft: Annotated[str, typer.Option(help="The model that drafts")] = "qwen2.5-coder-0.5b-instruct",
-    dtype: Annotated[str, typer.Option(help="Of the target's weights")] = "bfloat16",
-    draft_dtype: Annotated[str, typer.Option(help="Of the draft's weights")] = "bfloat16",
-    k: Annotated[int, typer.Option(help="Drafts a step, where their number is fixed", min=1, max=32)] = 4,
-    most: Annotated[int, typer.Option(help="Of the adaptive side and of those that replay", min=1, max=32)] = 8,
-    apart: Annotated[
-        bool, typer.Option("--apart", help="One engine in memory at a time: tokens are compared, times are not")
-    ] = False,
-    engine: Annotated[
-        list[str] | None, typer.Option(help="An argument of vLLM for both engines, such as quantization=joinwise")
-    ] = None,
-    draft_core: Annotated[
-        int | None, typer.Option(help="A core for the draft actors alone; the engines have the others", min=0)
-    ] = None,
-    data: Annotated[Path, typer.Option(help="Folder of <dataset>.jsonl")] = Path("../shared/data/prompts"),
-    json: Json = None,
-) -> None:
-    """Answers with drafts against answers without. A result file that is there gets these samples beside its own."""
-    from joinwise.actors.bench import report, speculate_rows
-    from joinwise.actors.bench import speculate as it
-
-    sides = speculate_rows.SIDES
-    if unknown := set(side or ()) - set(sides):
-        raise typer.BadParameter(f"{', '.join(sorted(unknown))}: there are {', '.join(sides)}", param_hint="--side")
-    arguments = {name: yaml.safe_load(value) for name, _, value in (each.partition("=") for each in engine or ())}
-    plan = it.Plan(target, draft, dtype, draft_dtype, k, most, max_tokens, not apart, arguments, draft_core)
-    asked = {name: it.texts(data, name, first, count) for name in dataset or ["humaneval", "gsm8k"]}
-    how = "two engines take turns on all cores, draft actors beside them on the same; own_device...: a projection"
-    rows = report.rows_of(json, "speculate") if json is not None and json.exists() else []
-    with _progress() as say:
-        for fresh in it.run(plan, asked, batch or [1, 4], side or sides, say):
-            rows = speculate_rows.merged(rows, fresh)
-            if json is not None:
-                report.write(json, "speculate", speculate_rows.figures(rows), rows, report.machine(sides=how))
-    Console(width=max(Console().width, 132)).print(speculate_rows.table(rows))
-    _show_figures(
-        "speculate", {name: value for name, value in speculate_rows.figures(rows).items() if value is not None}
-    )
 
 
 @bench.command()
@@ -298,31 +228,18 @@ def fidelity(
     from joinwise.actors.bench.fidelity import METRICS, run
 
     shape: Literal["split", "mixed"] = "mixed" if mixed else "split"
-    with _progress() as say:
+    with progress() as say:
         figures, rows = run(shape, rate, seconds, profile_seconds, say)
     table = Table("", "cluster", "simulated", "error", "alone", title="joinwise bench fidelity")
     for name in (f"{metric}_p{percent}" for metric in METRICS for percent in (50, 90, 99)):
         real, ours = (f"{figures[f'{name}_{side}']:.3f}" for side in ("real", "simulated"))
         table.add_row(name, real, ours, *(f"{figures[f'{name}_{side}']:+.1%}" for side in ("error", "error_alone")))
     Console().print(table)
-    _show_figures("fidelity", {name: value for name, value in figures.items() if "_p" not in name})
+    show_figures("fidelity", {name: value for name, value in figures.items() if "_p" not in name})
     if json is not None:
         how = "two engines on one core each; gateway, client, Redis and Ray free to run on both"
         report.write(json, "fidelity", figures, rows, report.machine(sides=how, shape=shape, rate=rate))
 
 
-@bench.command()
-def verify(
-    repeats: Annotated[int, typer.Option(help="Turns of all sides for each median", min=1)] = 7,
-    json: Json = None,
-) -> None:
-    """Linear layers of 1 to 32 rows on all cores: share of memory bandwidth of torch, vLLM's own and ours."""
-    from joinwise.actors.bench import report
-    from joinwise.actors.bench.verify import run
-
-    with _progress() as say:
-        figures, rows = run(repeats, say)
-    _show_figures("verify", figures)
-    if json is not None:
-        how = "layers of Qwen2.5-Coder-1.5B, activations in bfloat16, in turns with a plain read of as much memory"
-        report.write(json, "verify", figures, rows, report.machine(sides=how, repeats=repeats))
+bench.command()(speculate)
+bench.command()(verify)

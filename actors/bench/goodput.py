@@ -12,7 +12,8 @@ A request *attains* when its first token comes within `ttft_limit_s` and the mea
 `tpot_limit_s`. Both are multiples of what one plain engine alone needs for the trace's typical request, measured in the
 same run. The *goodput* of a side is the rate up to which 90% attain (DistServe, arXiv 2401.09670, section 2). The plain
 pair's is looked for first; then all sides meet the same requests at rates around it, in turns. At another rate they are
-the same requests too, closer together: what differs between two rates is not who came.
+the same requests too, closer together: what differs between two rates is not who came. Before its turn each side
+answers some requests that do not count.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ _ENGINE = {"enforce_eager": True, "kv_cache_memory_bytes": 400_000_000, "block_s
 _SHORT_STEPS = {"max_num_batched_tokens": 64}
 _PATIENCE_S = 60.0
 _STEPS = 8
+_WAKING = 8
 
 Say = Callable[[str], None]
 
@@ -146,6 +148,7 @@ async def _measure(
         sides = [side for side in urls if side not in _INFORMATION or not seed]
         for side in sides if turn % 2 else sides[::-1]:
             say(f"{trace.name}: {side} at {share:g} of {goodput:.2f}/s, seed {seed}")
+            await _wake(urls[side], trace)
             row = await _load(trace, urls[side], limits, share * goodput, requests, seed)
             rows.append(
                 {"trace": trace.name, "side": side, "share": share, "rate": share * goodput, "seed": seed} | row
@@ -172,6 +175,15 @@ async def _one_after_another(url: str, trace: Trace, count: int) -> list[Answer]
             answers.append(Answer())
             await stream_into(answers[-1], client, question(_prompt(rng, prompt), 16), {}, time.perf_counter())
     return answers[count // 3 :]  # the first warm up
+
+
+async def _wake(url: str, trace: Trace) -> None:
+    """Let a side do what it will do: while others had their turns the system took from it what it could."""
+    rng = random.Random(os.urandom(8))  # noqa: S311 - other prompts whenever this is called
+    prompt = round(statistics.fmean(each.prompt for each in trace.arrivals))
+    async with httpx.AsyncClient(base_url=url, timeout=_PATIENCE_S) as client:
+        begin = time.perf_counter()
+        await asyncio.gather(*(_ask(client, begin, 0.2 * number, _prompt(rng, prompt), 8) for number in range(_WAKING)))
 
 
 async def _goodput(trace: Trace, url: str, limits: Limits, requests: int, seeds: int, say: Say) -> float:

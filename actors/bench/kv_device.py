@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from joinwise.actors.bench.gpu import missing
 from joinwise.actors.bench.kv import LARGE_MB, Pair, cores
 from joinwise.actors.bench.kv_ends import End, Receiver, Sender, Shape
 from joinwise.actors.bench.remote import Remote
@@ -27,13 +28,6 @@ WAYS = (("cuda", HOST), (HOST, "cuda"), ("cuda", "cuda"))
 _HEADS, _BLOCK, _HEAD_DIM = 8, 16, 128
 """Of the kernels' cache: Llama-3 8B's, in vLLM's blocks on a GPU."""
 Row = dict[str, Any]
-
-
-def missing() -> str:
-    """Why there is nothing to measure; empty where there is a device."""
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} is built without CUDA"
-    return "" if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
 def run(

@@ -4,7 +4,10 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from typing import Any
 
 _WAIT_S = 120.0
@@ -20,6 +23,10 @@ class Remote:
         core: the only core that the process uses; None for any.
         environment: variables that the process has beside ours.
         wait_s: seconds that an answer may take.
+        python: another interpreter than ours, with what is installed there; joinwise must be.
+
+    Raises:
+        RuntimeError: the process has ended, says nothing, or could not make the object.
     """
 
     def __init__(
@@ -29,15 +36,20 @@ class Remote:
         core: int | None = None,
         environment: dict[str, str] | None = None,
         wait_s: float = _WAIT_S,
+        python: str | None = None,
     ) -> None:
         self._wait_s = wait_s
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, core, make, arguments), daemon=True)
+        self._process: Any
         with _environment(environment or {}):
-            self._process.start()
-        assert self._process.pid is not None
-        self._pid = self._process.pid
+            if python is None:
+                self._process = context.Process(target=_serve, args=(theirs, core, make, arguments), daemon=True)
+                self._process.start()
+            else:
+                self._process = _Elsewhere(python, theirs)
+                self._pipe.send((core, make, arguments))
+        self._pid: int = self._process.pid
         theirs.close()
         self._answer()
 
@@ -79,6 +91,25 @@ class Remote:
         if error is not None:
             raise error
         return result
+
+
+class _Elsewhere(subprocess.Popen[bytes]):
+    """A process of another interpreter: one that multiprocessing spawns has our `sys.path`."""
+
+    def __init__(self, python: str, pipe: Connection) -> None:
+        there = "from joinwise.actors.bench import remote; remote.attend()"
+        super().__init__([python, "-c", there, str(pipe.fileno())], pass_fds=[pipe.fileno()])
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for its end, no longer than so many seconds."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(timeout)
+
+
+def attend() -> None:
+    """Serve whoever started this interpreter."""
+    pipe = Connection(int(sys.argv[1]))
+    _serve(pipe, *pipe.recv())
 
 
 def _serve(pipe: Any, core: int | None, make: Callable[..., Any], arguments: Sequence[Any]) -> None:

@@ -6,7 +6,8 @@ what drafting costs is in every figure. Every group of prompts goes through each
 before and after the others; tokens are compared before times. Prompts are computed beforehand: rates are of decoding.
 `lookup` and `fixed` draft by prompt lookup and by the model alone, `ahead` by the model that drafts further while the
 target verifies; `adaptive` is what an engine does by itself: it looks up where the text repeats itself, asks the model
-elsewhere, and has as many drafts as pay.
+elsewhere, and has as many drafts as pay. `recall` looks up in its earlier answers too, and so does `again`, which has
+given the very answer before.
 
 The sides `own_device...` are a projection: the real draft model has drafted along the answers beforehand, and what it
 drafted, wrong ids included, is replayed at no cost, as if it had a device of its own so many milliseconds away.
@@ -17,21 +18,17 @@ import os
 import statistics
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from joinwise.actors import cpu
 from joinwise.actors.bench.remote import Remote
-from joinwise.actors.bench.speculate_rows import BASELINE, OWN, SIDES, Row
-from joinwise.actors.draft.asking import AskFigures
+from joinwise.actors.bench.speculate_plan import Answers, Plan
+from joinwise.actors.bench.speculate_rows import ADAPTIVE, BASELINE, OWN, RECALLING, SIDES, Row
 from joinwise.actors.models import resolve_model
 from joinwise.cluster.errors import ConfigError
 
-CLUSTER = "bench"
-_DRAFTERS = {"lookup": "lookup", "fixed": "causal", "ahead": "ahead", "adaptive": "causal"} | {
-    name: name for name in OWN
-}
 _MAX_MODEL_LEN = 1024
 _ENGINE = {
     "enforce_eager": True,
@@ -41,89 +38,10 @@ _ENGINE = {
     "max_num_batched_tokens": 2 * _MAX_MODEL_LEN,
 }
 _PATIENCE_S = 5.0
+_RECALL = 1 << 16
 _WAIT_S = 600.0
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is measured.
-
-    Attributes:
-        target, draft: the models.
-        dtype: of the target's weights; `draft_dtype` is of the draft's.
-        k: drafts a sequence and step of the sides whose number is fixed.
-        most: of the adaptive one, and of those that replay.
-        max_tokens: of an answer.
-        engine: more arguments of vLLM's, for both engines.
-        together: both engines in memory at once, so that they take turns; else the baseline is all done first, and
-            times are not to be compared.
-        draft_core: a core for the drafts, with the engines on the others; None for all on all.
-    """
-
-    target: str
-    draft: str
-    dtype: str
-    draft_dtype: str
-    k: int
-    most: int
-    max_tokens: int
-    together: bool
-    engine: Mapping[str, Any] = field(default_factory=dict)
-    draft_core: int | None = None
-
-    @property
-    def cores(self) -> tuple[list[int], list[int]]:
-        """Those of the engines, and those of the drafts.
-
-        Raises:
-            ConfigError: the drafts' core is not there, or the only one.
-        """
-        every = sorted(os.sched_getaffinity(0))
-        if self.draft_core is None:
-            return every, every
-        others = [core for core in every if core != self.draft_core]
-        if not 0 < len(others) < len(every):
-            raise ConfigError(f"there is no core {self.draft_core} for the drafts beside others: there are {every}")
-        return others, [self.draft_core]
-
-    def wanted(self, side: str) -> int:
-        """Drafts that a side asks for, at most."""
-        if side in (BASELINE, "silent"):
-            return 0
-        return self.most if side == "adaptive" or side in OWN else self.k
-
-
-@dataclass
-class Answers:
-    """What became of one batch of prompts.
-
-    Attributes:
-        token_ids: of each answer.
-        prefill_s: of steps in which prompts were computed, without what they waited for drafts.
-        decode_s: of everything after them, and what they waited for drafts.
-        row_steps: steps of `decode_s`, each counted for every sequence in it.
-        steps: of those steps, tokens that the target computed and seconds without waiting, (n, 2).
-        asked: what asking has brought, in this batch alone.
-    """
-
-    token_ids: list[list[int]]
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    row_steps: int = 0
-    steps: list[tuple[int, float]] = field(default_factory=list)
-    asked: AskFigures = field(default_factory=AskFigures)
-
-    @property
-    def gained(self) -> int:
-        """Tokens of decoding: the first of each answer comes with its prompt."""
-        return sum(len(ids) - 1 for ids in self.token_ids)
-
-    @property
-    def rate(self) -> float:
-        """Of them, a second."""
-        return self.gained / self.decode_s if self.decode_s else 0.0
 
 
 def texts(folder: Path, dataset: str, first: int, count: int) -> dict[int, str]:
@@ -177,6 +95,8 @@ def run(
                         target("answer", "", prompts, 1)  # its prefix is known from here on
                     for side in _turns(phase, number):
                         say(f"{group}: {side}")
+                        if side == "again":
+                            targets[side]("answer", side, prompts, plan.max_tokens)
                         answers = targets[side]("answer", side, prompts, plan.max_tokens)
                         found[group].append((side, answers))
                         if len(found[group]) == 1 and set(OWN) & set(others):
@@ -194,6 +114,7 @@ def _fresh(plan: Plan, group: "_Group", side: str, sample: Row) -> Row:
         "draft_dtype": plan.draft_dtype,
         "engine": " ".join(f"{name}={value}" for name, value in sorted(plan.engine.items())),
         "draft_core": plan.draft_core,
+        "draft_device": "gpu" if plan.draft_gpu else None,
         "dataset": group.dataset,
         "batch": group.batch,
         "side": side,
@@ -226,8 +147,9 @@ def _turns(sides: Sequence[str], number: int) -> list[str]:
 def _drafts(plan: Plan, say: Say) -> Iterator[Remote]:
     say(f"loading the draft model {plan.draft}")
     folder, (_, cores) = resolve_model(plan.draft, progress=say).path, plan.cores
-    arguments = (cores, folder, plan.draft_dtype, len(cores), _MAX_MODEL_LEN, OWN)
-    remote = Remote(_make_drafts, *arguments, environment=cpu.environment(len(cores)), wait_s=_WAIT_S)
+    arguments = (cores, folder, plan.draft_dtype, len(cores), _MAX_MODEL_LEN, OWN, "cuda" if plan.draft_gpu else "cpu")
+    environment = cpu.environment(len(cores))
+    remote = Remote(_make_drafts, *arguments, environment=environment, wait_s=_WAIT_S, python=plan.draft_python)
     try:
         yield remote
     finally:
@@ -255,8 +177,9 @@ def _targets(
             for side in mine:
                 targets[side] = remote
                 if speculates:
-                    address = addresses[_DRAFTERS[side]] if side in _DRAFTERS else ""
-                    remote("side", side, plan.wanted(side), address, side == "adaptive", _PATIENCE_S)
+                    address = addresses[plan.drafter(side)] if side != "silent" else ""
+                    recall = _RECALL if side in RECALLING else 0
+                    remote("side", side, plan.wanted(side), address, side in ADAPTIVE, _PATIENCE_S, recall)
         yield targets
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 
-from joinwise.actors.bench.speculate import CLUSTER
+from joinwise.actors.bench.speculate_plan import CLUSTER
 from joinwise.actors.draft.causal import CausalDrafter, load_model
 from joinwise.actors.draft.desk import Desk
 from joinwise.actors.draft.drafter import Ask, Drafter
@@ -61,12 +61,19 @@ class Drafts:
         threads: compute threads.
         max_tokens: of a sequence.
         round_trips: of the replaying drafters, by name, seconds.
+        device: of the draft model, as torch names it.
     """
 
     def __init__(
-        self, folder: Path, dtype: str, threads: int, max_tokens: int, round_trips: Mapping[str, float]
+        self,
+        folder: Path,
+        dtype: str,
+        threads: int,
+        max_tokens: int,
+        round_trips: Mapping[str, float],
+        device: str = "cpu",
     ) -> None:
-        model = load_model(folder, dtype)
+        model = load_model(folder, dtype, device)
 
         def causal(ahead: bool = False) -> CausalDrafter:
             return CausalDrafter(

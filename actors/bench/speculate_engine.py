@@ -16,7 +16,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from joinwise.actors.bench.speculate import CLUSTER, Answers
+from joinwise.actors.bench.speculate_plan import CLUSTER, Answers
 from joinwise.actors.draft.asking import AskFigures
 from joinwise.actors.draft.vocabulary import Vocabulary
 from joinwise.actors.vllm import build  # noqa: F401 - registers what engine arguments may name
@@ -51,8 +51,10 @@ class Target:
             list(tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)) for turn in turns
         ]
 
-    def side(self, name: str, k: int, address: str, adaptive: bool, patience_s: float) -> None:
+    def side(self, name: str, k: int, address: str, adaptive: bool, patience_s: float, recall: int = 0) -> None:
         """Have a proposer that asks for up to `k` drafts there, and nobody for an empty address.
+
+        `recall` is how many tokens of its answers it keeps to draft from.
 
         Raises:
             RuntimeError: it cannot ask within a minute.
@@ -63,7 +65,9 @@ class Target:
         )  # all that it reads: proposers of one engine differ in how much they ask for
         self._proposers[name] = proposer = RemoteProposer(config)
         if address:
-            settings = DraftSettings(CLUSTER, f"target-{name}", self._vocabulary, patience_s, adaptive, lookup=adaptive)
+            settings = DraftSettings(
+                CLUSTER, f"target-{name}", self._vocabulary, patience_s, adaptive, lookup=adaptive, recall=recall
+            )
             proposer.open(settings)
             proposer.point(address)
             deadline = time.monotonic() + 60

@@ -9,10 +9,25 @@ from rich.table import Table
 BASELINE = "none"
 OWN = {"own_device": 0.0, "own_device_1ms": 0.001, "own_device_5ms": 0.005, "own_device_20ms": 0.02}
 """Sides that replay, and seconds of their round trip."""
-SIDES = ("silent", "lookup", "fixed", "ahead", "adaptive", *OWN)
+RECALLING = ("recall", "again")
+"""Adaptive sides that draft from earlier answers as well."""
+ADAPTIVE = ("adaptive", *RECALLING)
+SIDES = ("silent", "lookup", "fixed", "ahead", *ADAPTIVE, *OWN)
 
 Row = dict[str, Any]
-_KEY = ("target", "draft", "dtype", "draft_dtype", "engine", "draft_core", "dataset", "batch", "side", "k")
+_KEY = (
+    "target",
+    "draft",
+    "dtype",
+    "draft_dtype",
+    "engine",
+    "draft_core",
+    "draft_device",
+    "dataset",
+    "batch",
+    "side",
+    "k",
+)
 _SUMMED = ("tokens", "rounds", "drafted", "missed", "divergences")
 _MEDIANS = ("tokens_per_s", "speedup", "accepted_length", "step_ms", "step_ratio", "draft_ms", "wait_ms", "round_bytes")
 
@@ -26,8 +41,8 @@ def merged(before: Sequence[Row], fresh: Sequence[Row]) -> list[Row]:
     order = (BASELINE, *SIDES)
 
     def place(key: tuple[Any, ...]) -> tuple[Any, ...]:
-        *what, side, k = (-1 if each is None else each for each in key)
-        return *what, order.index(side), k
+        *what, side, k = key
+        return *((each is not None, each) for each in what), order.index(side), k
 
     keys = sorted(samples, key=place)
     return [_row(dict(zip(_KEY, key, strict=True)), list(samples[key].values())) for key in keys]
@@ -46,7 +61,7 @@ def figures(rows: Sequence[Row]) -> dict[str, float | None]:
     """The benchmark's figures; None where the rows behind one are not there yet."""
 
     def speedups(side: str, **wanted: Any) -> list[float]:
-        wanted |= {"side": side, "dtype": "bfloat16", "draft_core": None}
+        wanted = {"side": side, "dtype": "bfloat16", "draft_core": None, "draft_device": None} | wanted
         return [
             row["speedup"]
             for row in rows
@@ -59,7 +74,10 @@ def figures(rows: Sequence[Row]) -> dict[str, float | None]:
         "speedup_adaptive_humaneval_bf16": min(speedups("adaptive", **single), default=None),
         "speedup_adaptive_min": min(speedups("adaptive"), default=None),
         "divergences_float32": sum(exact) if exact else None,
+        "speedup_recall_min": min(speedups("recall"), default=None),
+        "speedup_again_min": min(speedups("again"), default=None),
         "speedup_silent_min": min(speedups("silent"), default=None),
+        "speedup_gpu_draft_humaneval_bf16": min(speedups("adaptive", draft_device="gpu", **single), default=None),
     }
     for side in OWN:
         named[f"speedup_projected_{side}"] = min(speedups(side, **single), default=None)

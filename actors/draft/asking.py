@@ -1,8 +1,8 @@
 """The asking end: what the next step of an engine verifies, and which of a draft actor's answers may be used.
 
-Where a sequence repeats itself, and has lately gone on as it did before, its drafts are looked up in its own text, here
-and now. A draft actor is asked for the others, in one round; where that would not pay, or nobody can be asked, they
-have what is looked up as well.
+Where a sequence repeats itself, or what others were answered, and has lately gone on as that did, its drafts are looked
+up there, here and now. A draft actor is asked for the others, in one round; where that would not pay, or nobody can be
+asked, they have what is looked up as well.
 """
 
 import time
@@ -15,6 +15,8 @@ import numpy as np
 from joinwise.actors.draft.hidden import packed
 from joinwise.actors.draft.length import LengthChooser
 from joinwise.actors.draft.link import Session
+from joinwise.actors.draft.lookup import repeated
+from joinwise.actors.draft.recall import Recall
 from joinwise.actors.draft.tracks import Track, Tracks
 from joinwise.actors.draft.wire import MAX_K, prefix_hash
 from joinwise.proto import draft_pb2
@@ -35,7 +37,7 @@ class AskFigures:
         asked: rounds that were sent.
         missed: of those, rounds whose answer did not come in time.
         skipped: steps in which there was nobody to ask, or nobody was asked after answers that came late.
-        looked_up: of the ids that were handed to the engine, those that stood in the text.
+        looked_up: of the ids that were handed to the engine, those that stood in the text, or in another answer.
         refused: drafts that were not used, by reason.
         drafted: ids that were handed to the engine.
         bytes: of rounds and their answers, as messages.
@@ -71,6 +73,7 @@ class Asker:
         max_tokens: of a sequence, prompt and answer together.
         patience_s: seconds that a step waits for drafts at most; None waits for as long as two steps take.
         lookup: draft from a sequence's own text where it repeats itself.
+        recall: tokens of the latest answers to keep, and to draft from where a sequence goes on like one; 0 for none.
         lengths: chooses how many drafts to have; None has as many as may be.
         clock: seconds; tests bring their own.
     """
@@ -82,6 +85,7 @@ class Asker:
         max_tokens: int,
         patience_s: float | None,
         lookup: bool = False,
+        recall: int = 0,
         lengths: LengthChooser | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -89,9 +93,10 @@ class Asker:
         self._max_tokens = max_tokens
         self._patience_s = patience_s
         self._lookup = lookup
+        self._recall = Recall(recall) if recall else None
         self._lengths = lengths
         self._clock = clock
-        self._tracks = Tracks()
+        self._tracks = Tracks(self._recall)
         self._ended: list[int] = []
         self._given: dict[int, _Given] = {}
         self._given_at = 0.0
@@ -148,9 +153,11 @@ class Asker:
         """Drafts by sequence: those that were looked up, and those that were asked for."""
         rooms = {number: min(k, MAX_K, self._max_tokens - len(each.tokens) - 1) for number, each in tracks.items()}
         open_ = {number: track for number, track in tracks.items() if rooms[number] > 0}
-        if self._lookup:
-            for number, track in open_.items():
-                track.guess.renew(track.tokens, rooms[number])
+        for number, track in open_.items():
+            if self._lookup:
+                track.own.renew(track.tokens, repeated(track.tokens, rooms[number]))
+            if self._recall is not None:
+                track.recalled.renew(track.tokens, self._recall.continued(track.tokens, rooms[number]))
         trusted = {number: track.guess.rate for number, track in open_.items() if track.guess.trusted}
         asked = [number for number in open_ if number not in trusted]
         if asked and (session is None or self._rests(session)):

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 
 from joinwise.actors.draft.drafter import Ask
+from joinwise.actors.draft.forward import SlotForward, Span
 from joinwise.actors.draft.linears import pack_linears
-from joinwise.actors.draft.slots import SlotCache, Slots
+from joinwise.actors.draft.slots import Slots
 
 _AT_ONCE = 64
 """Tokens of one sequence that a draft may still have to compute."""
@@ -80,6 +81,9 @@ class CausalDrafter:
         name: for messages.
         threads: compute threads.
         ahead: draft further while engines verify; for a device of its own: on shared cores that slows engines down.
+
+    Raises:
+        RuntimeError: the model's device has no room for the slots.
     """
 
     def __init__(
@@ -87,12 +91,11 @@ class CausalDrafter:
     ) -> None:
         self.name = name
         self._ahead = ahead
-        self._model = model
         self._threads = threads
         self._ids = model.get_input_embeddings().weight.shape[0]
-        self._device = model.get_input_embeddings().weight.device
         self._max_tokens = min(max_tokens, int(model.config.max_position_embeddings))
-        self._cache = SlotCache(slots, self._max_tokens)
+        self._compute = SlotForward(model, slots, self._max_tokens)
+        self._compute.warm_up()
         self._slots = Slots(slots, _Slot)
         self._behind: dict[Hashable, np.ndarray] = {}
         self._further: set[Hashable] = set()
@@ -200,39 +203,12 @@ class CausalDrafter:
             slot.text = np.append(slot.text, np.int32(token))
         return drafted
 
-    @torch.inference_mode()
     def _forward(self, rows: Sequence[tuple[_Slot, np.ndarray]]) -> list[int]:
-        """Append tokens to slots, in one batch, and say which token each finds most likely next.
-
-        Rows are aligned at their last token; what a shorter row has before its first is computed for nobody.
-        """
-        count, longest = len(rows), max(len(new) for _, new in rows)
-        ids = torch.zeros(count, longest, dtype=torch.long)
-        positions = torch.zeros(count, longest, dtype=torch.long)
-        columns = torch.full((count, longest), self._max_tokens)
-        for row, (slot, new) in enumerate(rows):
-            at = len(slot.held)
-            ids[row, longest - len(new) :] = torch.from_numpy(new.astype(np.int64))
-            positions[row, longest - len(new) :] = torch.arange(at, at + len(new))
-            columns[row, longest - len(new) :] = torch.arange(at, at + len(new))
+        """Append tokens to slots, in one batch, and say which token each finds most likely next."""
+        spans = [Span(slot.index, len(slot.held), new) for slot, new in rows]
+        for slot, new in rows:
             slot.held = np.concatenate([slot.held, new])
-        ids, positions, columns = ids.to(self._device), positions.to(self._device), columns.to(self._device)
-        self._cache.rows = torch.tensor([slot.index for slot, _ in rows], device=self._device)
-        self._cache.only = rows[0][0].index if count == 1 else None
-        self._cache.columns = columns
-        self._cache.width = max(len(slot.held) for slot, _ in rows)
-        seen = torch.arange(self._cache.width, device=self._device)
-        mask = seen <= positions[:, None, :, None]  # padding sees the first column
-        logits = self._model(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=mask,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
-        drafted: list[int] = logits[:, -1].argmax(-1).tolist()
-        return drafted
+        return self._compute(spans)
 
 
 def load_model(folder: Path, dtype: str, device: str = "cpu") -> Any:

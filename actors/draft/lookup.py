@@ -73,15 +73,25 @@ def lookup(tokens: np.ndarray, k: int, *, longest: int = _LONGEST, shortest: int
     return drafted
 
 
+def repeated(tokens: np.ndarray, k: int) -> list[int]:
+    """What a sequence says itself, where a model is at hand."""
+    return lookup(tokens, k, shortest=_SHORTEST_BESIDE_A_MODEL)
+
+
 class Guess:
-    """What one sequence itself says comes next, beside a model that could be asked.
+    """What some text says comes next in one sequence, beside a model that could be asked.
 
     What is looked up costs nothing, and is right for long in code, quotations and lists; in other text it is a guess at
     what is common. So each is held against what came, whether it was used or not.
+
+    Args:
+        of: what such guesses were worth in all sequences, which is told as well; None for nothing known.
     """
 
-    def __init__(self) -> None:
-        self._worth = Acceptance(_PRIOR_TRIALS, _PRIOR_TRIALS * _TRUSTED, _MEMORY)
+    def __init__(self, of: Acceptance | None = None) -> None:
+        self._of = of
+        rate = of.rate if of is not None else _TRUSTED
+        self._worth = Acceptance(_PRIOR_TRIALS, _PRIOR_TRIALS * rate, _MEMORY)
         self._at = 0
         self.ids: list[int] = []
 
@@ -95,9 +105,12 @@ class Guess:
         """Whether there is one, and most of the latest were right."""
         return bool(self.ids) and self.rate >= _TRUSTED
 
-    def renew(self, tokens: np.ndarray, k: int) -> None:
-        """Guess `k` ids after these tokens, shape (n,), and learn from them what the last guess was worth."""
+    def renew(self, tokens: np.ndarray, ids: list[int]) -> None:
+        """Guess these ids after tokens of shape (n,), and learn from the tokens what the last guess was worth."""
         came = tokens[self._at : self._at + len(self.ids)]
         wrong = np.flatnonzero(came != np.array(self.ids[: len(came)], came.dtype))
-        self._worth.add(len(came), int(wrong[0]) if len(wrong) else len(came))
-        self._at, self.ids = len(tokens), lookup(tokens, k, shortest=_SHORTEST_BESIDE_A_MODEL)
+        right = int(wrong[0]) if len(wrong) else len(came)
+        for worth in (self._worth, self._of):
+            if worth is not None and len(came):
+                worth.add(len(came), right)
+        self._at, self.ids = len(tokens), ids

@@ -42,6 +42,7 @@ class DraftSettings:
         deadline_s: seconds that a step waits for drafts at most; None waits for as long as two steps take.
         adaptive: choose how many drafts to have by what they cost and bring.
         lookup: draft from a sequence's own text where it repeats itself, and ask for the others.
+        recall: tokens of the latest answers to draft from as well.
         token: shown to draft actors; empty for none.
         tls: the cluster's certificates; None for plain text.
     """
@@ -52,6 +53,7 @@ class DraftSettings:
     deadline_s: float | None
     adaptive: bool = True
     lookup: bool = False
+    recall: int = 0
     token: str = ""
     tls: PeerTlsConfig | None = None
 
@@ -91,6 +93,7 @@ class RemoteProposer:
             max_tokens=self._max_tokens,
             patience_s=settings.deadline_s,
             lookup=settings.lookup,
+            recall=settings.recall,
             lengths=LengthChooser(self._k) if settings.adaptive else None,
         )
         self._link = DraftLink(hello, channel, bearer(settings.token))

@@ -13,11 +13,13 @@ import pytest
 import torch
 from helpers.draft_rig import ask, linked, opened
 from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
 from joinwise.actors.bench import speculate, speculate_rows
+from joinwise.actors.bench.commands import bench
 from joinwise.actors.bench.report import rows_of
-from joinwise.actors.bench.speculate import Answers, Plan
 from joinwise.actors.bench.speculate_drafts import Drafts
+from joinwise.actors.bench.speculate_plan import CLUSTER, Answers, Plan
 from joinwise.actors.draft.asking import AskFigures
 from joinwise.actors.draft.vocabulary import Vocabulary
 from joinwise.actors.draft.wire import PROTOCOL_VERSION
@@ -70,6 +72,24 @@ def test_drafts_on_a_core_of_their_own_are_rows_of_their_own_and_no_figures(monk
         with pytest.raises(ConfigError, match="no core"):
             assert missing.cores
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1})
+
+
+def test_drafts_of_a_gpu_are_rows_of_their_own_with_a_figure_of_their_own() -> None:
+    taken = [("none", answers([1, 2], 1.0, [(1, 1.0)])), ("adaptive", answers([1, 2], 0.25, [(9, 1.0)]))]
+    beside = replace(PLAN, draft_gpu=True)
+    assert (PLAN.drafter("adaptive"), beside.drafter("adaptive")) == ("causal", "ahead")
+    assert PLAN.drafter("fixed") == beside.drafter("fixed") == "causal"
+    figures = speculate_rows.figures(speculate_rows.merged(rows(taken), rows(taken, beside)))
+    assert figures["speedup_gpu_draft_humaneval_bf16"] == 4
+    assert speculate_rows.figures(rows(taken))["speedup_gpu_draft_humaneval_bf16"] is None
+    assert speculate_rows.figures(rows(taken, beside))["speedup_adaptive_min"] is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says nothing where there is a GPU")
+def test_drafts_of_a_gpu_say_why_they_are_not_measured() -> None:
+    for python, said in (([], "built without CUDA"), (["--draft-python", "/no/such/python"], "does not run joinwise")):
+        shown = CliRunner().invoke(bench, ["speculate", "--draft-gpu", *python])
+        assert (shown.exit_code, said in shown.output) == (0, True), shown.output
 
 
 def test_pieces_are_put_together() -> None:
@@ -138,7 +158,7 @@ def test_what_was_recorded_along_an_answer_is_replayed_and_nothing_else(tmp_path
     addresses = end.addresses()
     hello = draft_pb2.DraftHello(
         protocol_version=PROTOCOL_VERSION,
-        cluster=speculate.CLUSTER,
+        cluster=CLUSTER,
         worker_id="w",
         vocabulary=Vocabulary.read("t", tmp_path).message(),
     )

@@ -36,9 +36,13 @@ def model() -> Any:
     return LlamaForCausalLM(config).eval()
 
 
-@pytest.fixture
-def drafter(model: Any) -> CausalDrafter:
-    return CausalDrafter(model, slots=4, max_tokens=400, name="tiny", threads=1)
+@pytest.fixture(params=["launched", "recorded"])
+def drafter(model: Any, request: Any) -> CausalDrafter:
+    """One as it is on CPUs, and one that computes in the fixed shapes of a GPU's graphs."""
+    made = CausalDrafter(model, slots=4, max_tokens=400, name="tiny", threads=1)
+    if request.param == "recorded":
+        made._compute.record(lambda compute: compute)
+    return made
 
 
 def greedy(model: Any, tokens: Sequence[int], k: int) -> list[int]:
@@ -68,6 +72,7 @@ def test_drafts_are_the_models_own(model: Any, drafter: CausalDrafter) -> None:
 def test_a_gpu_drafts_what_the_model_says_there(model: Any) -> None:
     there = copy.deepcopy(model).to("cuda")
     drafter = CausalDrafter(there, slots=4, max_tokens=400, name="tiny", threads=1)
+    assert drafter._compute._recorded
     texts = [prompt(2, 1), prompt(3, 30), prompt(4, 7)]
     for _ in range(4):
         drafts = drafter.draft([ask(str(index), text) for index, text in enumerate(texts)])

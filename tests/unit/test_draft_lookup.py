@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from joinwise.actors.draft.drafter import Ask
-from joinwise.actors.draft.lookup import Guess, PromptLookup, lookup
+from joinwise.actors.draft.lookup import Guess, PromptLookup, lookup, repeated
 
 
 def by_definition(tokens: list[int], k: int, longest: int, shortest: int) -> list[int]:
@@ -69,7 +69,8 @@ REPEATED = [1, 2, 3, 4, 5, 6, 7, 1, 2, 3]
 
 
 def renewed(guess: Guess, tokens: list[int], k: int = 4) -> tuple[list[int], bool]:
-    guess.renew(np.array(tokens, np.int32), k)
+    text = np.array(tokens, np.int32)
+    guess.renew(text, repeated(text, k))
     return guess.ids, guess.trusted
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from joinwise.actors.draft.drafter import Ask, Drafter
 from joinwise.actors.draft.hidden import MAX_HIDDEN
-from joinwise.actors.draft.lookup import Guess
+from joinwise.actors.draft.lookup import Guess, repeated
 from joinwise.actors.draft.train.recording import Recording
 
 
@@ -58,7 +58,8 @@ class _Course:
     guess: Guess = field(default_factory=Guess)
 
     def looked_up(self, k: int) -> list[int]:
-        self.guess.renew(self.recording.tokens[: self.at], min(k, len(self.recording.tokens) - self.at))
+        text = self.recording.tokens[: self.at]
+        self.guess.renew(text, repeated(text, min(k, len(self.recording.tokens) - self.at)))
         return self.guess.ids if self.guess.trusted else []
 
     def ask(self, k: int, *, tell: bool = True) -> Ask:
