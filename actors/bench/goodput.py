@@ -148,7 +148,6 @@ async def _measure(
         sides = [side for side in urls if side not in _INFORMATION or not seed]
         for side in sides if turn % 2 else sides[::-1]:
             say(f"{trace.name}: {side} at {share:g} of {goodput:.2f}/s, seed {seed}")
-            await _wake(urls[side], trace)
             row = await _load(trace, urls[side], limits, share * goodput, requests, seed)
             rows.append(
                 {"trace": trace.name, "side": side, "share": share, "rate": share * goodput, "seed": seed} | row
@@ -206,7 +205,8 @@ async def _goodput(trace: Trace, url: str, limits: Limits, requests: int, seeds:
 
 
 async def _load(trace: Trace, url: str, limits: Limits, rate: float, requests: int, seed: int) -> dict[str, Any]:
-    """Send so many requests as they arrive, wait for all of them, and say how it went."""
+    """Wake a side, send it so many requests as they arrive, wait for all of them, and say how it went."""
+    await _wake(url, trace)
     rng = random.Random(seed)  # noqa: S311 - the same for all sides
     first = rng.randrange(len(trace.arrivals) // 2)
     part = Trace(trace.name, trace.arrivals[first : first + requests]).redrawn(rate, seed)
