@@ -29,7 +29,7 @@ BLOCK_SIZE = 4
 LAYERS = {"layers.0": (2, 4, 8), "layers.1": (2, 4, 8), "layers.2": (1, 4, 8), "layers.3": (2, 4, 8)}
 
 
-def eventually(condition: Callable[[], bool], what: str, seconds: float = 10.0) -> None:
+def eventually(condition: Callable[[], bool], what: str, seconds: float = 30.0) -> None:
     """Wait for a condition that other threads make true."""
     deadline = time.monotonic() + seconds
     while not condition():
