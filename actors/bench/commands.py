@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from joinwise.actors.bench.shown import Json, console, progress, show_figures
+from joinwise.actors.bench.console import Json, console, progress, show_figures
 from joinwise.actors.bench.speculate_commands import speculate, verify
 
 bench = typer.Typer(help="Measure against a named baseline, in the same run.", no_args_is_help=True)

@@ -1,5 +1,6 @@
 """`joinwise bench speculate` and `joinwise bench verify`: drafts, and the layers that verify them."""
 
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -7,7 +8,7 @@ import typer
 import yaml
 from rich.console import Console
 
-from joinwise.actors.bench.shown import Json, progress, show_figures
+from joinwise.actors.bench.console import Json, progress, show_figures
 
 
 def speculate(
@@ -55,6 +56,8 @@ def speculate(
     if draft_gpu and (why := gpu.missing(draft_python)):
         Console().print(f"drafts on a GPU are not measured: {why}", soft_wrap=True)
         return
+    if draft_python is not None and shutil.which(draft_python) is None:
+        raise typer.BadParameter(f"{draft_python} is no program", param_hint="--draft-python")
     plan = Plan(
         target,
         draft,

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 
 from joinwise.actors.draft.drafter import Ask
-from joinwise.actors.draft.forward import SlotForward, Span
+from joinwise.actors.draft.forward import SlotForward
 from joinwise.actors.draft.linears import pack_linears
-from joinwise.actors.draft.slots import Slots
+from joinwise.actors.draft.slots import Slots, Span
 
 _AT_ONCE = 64
 """Tokens of one sequence that a draft may still have to compute."""

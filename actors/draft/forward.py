@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from joinwise.actors.draft.slots import SlotCache
+from joinwise.actors.draft.slots import SlotCache, Span, packed, unpacked
 
 logger = logging.getLogger(__name__)
 
@@ -29,20 +29,6 @@ Pass = Callable[[], torch.Tensor]
 """Computes from where it always finds its input; returns the likeliest next token of each row, (rows,)."""
 Record = Callable[[Pass], Pass]
 """Returns what repeats a pass."""
-
-
-@dataclass(frozen=True, eq=False)
-class Span:
-    """Tokens to append to a slot: `tokens`, (n,), from column `at` on."""
-
-    slot: int
-    at: int
-    tokens: np.ndarray
-
-    @property
-    def end(self) -> int:
-        """The column after the last."""
-        return self.at + len(self.tokens)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,9 +85,9 @@ class SlotForward:
         for count in reversed(rows):
             for tokens in _TOKENS:
                 for width in reversed([min(width, self._columns) for width in widths]):
-                    packed = torch.from_numpy(self._packed([], count, tokens)).to(self._device)
-                    repeat = record(partial(self._compute, packed, width))
-                    self._recorded.insert(0, _Recorded(count, tokens, width, packed, repeat))
+                    whole = packed([], count, tokens, self._columns).to(self._device)
+                    repeat = record(partial(self._compute, whole, width))
+                    self._recorded.insert(0, _Recorded(count, tokens, width, whole, repeat))
 
     @torch.inference_mode()
     def __call__(self, spans: Sequence[Span]) -> list[int]:
@@ -112,34 +98,17 @@ class SlotForward:
             each for each in self._recorded if each.rows >= count and each.tokens == tokens and each.width >= width
         )
         if (known := next(fitting, None)) is not None:
-            known.input.copy_(torch.from_numpy(self._packed(spans, known.rows, tokens)))
+            known.input.copy_(packed(spans, known.rows, tokens, self._columns))
             found = known.repeat()[:count]
         else:
-            packed = torch.from_numpy(self._packed(spans, count, tokens)).to(self._device)
-            found = self._compute(packed, width, only=spans[0].slot if count == 1 else None)
+            whole = packed(spans, count, tokens, self._columns).to(self._device)
+            found = self._compute(whole, width, only=spans[0].slot if count == 1 else None)
         drafted: list[int] = found.tolist()
         return drafted
 
-    def _packed(self, spans: Sequence[Span], rows: int, tokens: int) -> np.ndarray:
-        """A pass' input, (rows, 1 + 3 x tokens): slots, then ids, positions and columns.
-
-        Rows are aligned at their last token. What is before a row's first token, and rows after the last span, is
-        computed for nobody: it sees the first column of its slot and is written to the last, which nobody reads.
-        """
-        packed = np.zeros((rows, 1 + 3 * tokens), np.int64)
-        ids, positions, columns = (packed[:, 1 + part * tokens : 1 + (part + 1) * tokens] for part in range(3))
-        columns[:] = self._columns
-        for row, span in enumerate(spans):
-            here = slice(tokens - len(span.tokens), tokens)
-            packed[row, 0] = span.slot
-            ids[row, here] = span.tokens
-            positions[row, here] = columns[row, here] = np.arange(span.at, span.end)
-        return packed
-
-    def _compute(self, packed: torch.Tensor, width: int, only: int | None = None) -> torch.Tensor:
+    def _compute(self, whole: torch.Tensor, width: int, only: int | None = None) -> torch.Tensor:
         """A pass over the first `width` columns; `only` is the slot of a batch of one, where it stays the same."""
-        ids, positions, columns = packed[:, 1:].unflatten(1, (3, -1)).unbind(1)
-        self._cache.rows, self._cache.columns = packed[:, 0], columns
+        self._cache.rows, ids, positions, self._cache.columns = unpacked(whole)
         self._cache.only, self._cache.width = only, width
         seen = torch.arange(width, device=self._device) <= positions[:, None, :, None]
         logits: torch.Tensor = self._model(

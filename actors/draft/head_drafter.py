@@ -17,7 +17,7 @@ import torch
 from joinwise.actors.draft.drafter import Ask
 from joinwise.actors.draft.head import DovetailHead, load_head
 from joinwise.actors.draft.linears import pack_linears
-from joinwise.actors.draft.slots import SlotCache, Slots
+from joinwise.actors.draft.slots import SlotCache, Slots, Span, packed, unpacked
 from joinwise.actors.models import LocalModel
 
 _AT_ONCE, _PIECE = 64, 32
@@ -183,24 +183,15 @@ class HeadDrafter:
     def _forward(self, rows: Sequence[tuple[_Place, int, np.ndarray]]) -> torch.Tensor:
         """Compute columns of slots in one batch: from the given one to the last of the tokens.
 
-        Rows are aligned at their last token; what a shorter row has before its first is computed for nobody.
-
         Returns:
             The feature that the head guesses for each row's last token, (rows, size).
         """
-        count, longest = len(rows), max(len(tokens) - start for _, start, tokens in rows)
-        ids = torch.zeros(count, longest, dtype=torch.long)
-        positions = torch.zeros(count, longest, dtype=torch.long)
-        columns = torch.full((count, longest), self._max_tokens)
-        for row, (_, start, tokens) in enumerate(rows):
-            here = slice(longest - (len(tokens) - start), longest)
-            ids[row, here] = torch.from_numpy(tokens[start:].astype(np.int64))
-            positions[row, here] = columns[row, here] = torch.arange(start, len(tokens))
-        ids, positions, columns = ids.to(self._device), positions.to(self._device), columns.to(self._device)
-        slots = torch.tensor([place.index for place, _, _ in rows], device=self._device)
+        spans = [Span(place.index, start, tokens[start:]) for place, start, tokens in rows]
+        longest = max(len(span.tokens) for span in spans)
+        slots, ids, positions, columns = unpacked(packed(spans, len(spans), longest, self._max_tokens).to(self._device))
         self._cache.rows, self._cache.columns = slots, columns
-        self._cache.only = rows[0][0].index if count == 1 else None
-        self._cache.width = max(len(tokens) for _, _, tokens in rows)
+        self._cache.only = spans[0].slot if len(spans) == 1 else None
+        self._cache.width = max(span.end for span in spans)
         seen = torch.arange(self._cache.width, device=self._device)
         return self._head(
             ids,

@@ -39,8 +39,10 @@ class Recall:
 
     def add(self, tokens: np.ndarray, start: int) -> None:
         """Keep what was answered: a sequence's tokens, (n,), from `start` on."""
+        if start >= len(tokens):
+            return
         piece = tokens[max(0, start - _LONGEST) :][-self._half :]  # with what it is known by
-        if len(piece) < _KEY or start >= len(tokens):
+        if len(piece) < _KEY:
             return
         if not self._young.has_room(len(piece)):
             self._young, self._old = _Kept(self._half), self._young

@@ -1,10 +1,12 @@
-"""Static slots: where a drafter keeps what it has computed of each sequence, and the cache that its layers write to."""
+"""Static slots: where a drafter keeps what it computed of each sequence, what a pass is told, and their cache."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
+import numpy as np
 import torch
 
 
@@ -56,6 +58,43 @@ class Slots(Generic[P]):
         """A sequence is over; one that is not known is ignored."""
         if (place := self._used.pop(key, None)) is not None:
             self._free.append(place.index)
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """Tokens to append to a slot: `tokens`, (n,), from column `at` on."""
+
+    slot: int
+    at: int
+    tokens: np.ndarray
+
+    @property
+    def end(self) -> int:
+        """The column after the last."""
+        return self.at + len(self.tokens)
+
+
+def packed(spans: Sequence[Span], rows: int, tokens: int, columns: int) -> torch.Tensor:
+    """A pass' input, (rows, 1 + 3 x tokens): slots, then ids, positions and columns, as `unpacked` tells them apart.
+
+    Rows are aligned at their last token. What is before a row's first token, and rows after the last span, is computed
+    for nobody: it sees the first column of its slot and is written to the one after the last, which nobody reads.
+    """
+    whole = np.zeros((rows, 1 + 3 * tokens), np.int64)
+    ids, positions, places = (whole[:, 1 + part * tokens : 1 + (part + 1) * tokens] for part in range(3))
+    places[:] = columns
+    for row, span in enumerate(spans):
+        here = slice(tokens - len(span.tokens), tokens)
+        whole[row, 0] = span.slot
+        ids[row, here] = span.tokens
+        positions[row, here] = places[row, here] = np.arange(span.at, span.end)
+    return torch.from_numpy(whole)
+
+
+def unpacked(whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Slots, (rows,), and ids, positions and columns, each (rows, tokens)."""
+    ids, positions, places = whole[:, 1:].unflatten(1, (3, -1)).unbind(1)
+    return whole[:, 0], ids, positions, places
 
 
 class SlotCache:

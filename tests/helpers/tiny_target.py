@@ -32,6 +32,22 @@ def tiny(seed: int = 3, *, layers: int = 4, tied: bool = True) -> Any:
     return LlamaForCausalLM(config).eval()
 
 
+def tiny_draft(ids: int, positions: int, seed: int) -> Any:
+    """A random Llama that drafts: of hidden size 32, with its own output matrix; its likeliest token is so by far."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=ids,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=positions,
+        initializer_range=0.5,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
 def saved(folder: Path, model: Any) -> Path:
     """The model with a tokenizer of words w0, w1, ..."""
     model.save_pretrained(folder)

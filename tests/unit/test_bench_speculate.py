@@ -92,6 +92,11 @@ def test_drafts_of_a_gpu_say_why_they_are_not_measured() -> None:
         assert (shown.exit_code, said in shown.output) == (0, True), shown.output
 
 
+def test_an_interpreter_that_is_not_there_is_refused_before_anything_starts() -> None:
+    shown = CliRunner().invoke(bench, ["speculate", "--draft-python", "/no/such/python"])
+    assert (shown.exit_code, "/no/such/python" in shown.output) == (2, True), shown.output
+
+
 def test_pieces_are_put_together() -> None:
     def piece(place: int, speedup: float) -> list[dict[str, Any]]:
         (_, row) = rows([("none", answers([1, 2], 1.0, [(1, 1.0)])), ("adaptive", answers([1, 2], 1.0, [(9, 1.0)]))])

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
+from helpers.tiny_target import tiny_draft
+from transformers import Qwen2Config
 
 from joinwise.actors.draft.causal import _AT_ONCE, _PIECE, CausalDrafter, load_model
 from joinwise.actors.draft.drafter import Ask
@@ -22,18 +23,7 @@ IDS = 97
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    torch.manual_seed(5)
-    config = LlamaConfig(
-        vocab_size=IDS,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.5,  # so that what is most likely is so by far
-    )
-    return LlamaForCausalLM(config).eval()
+    return tiny_draft(IDS, positions=512, seed=5)
 
 
 @pytest.fixture(params=["launched", "recorded"])

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from helpers.tiny_target import tiny_draft
+from transformers import LlamaForCausalLM
 
-from joinwise.actors.draft.forward import _NARROWEST, Pass, SlotForward, Span
+from joinwise.actors.draft.forward import _NARROWEST, Pass, SlotForward
+from joinwise.actors.draft.slots import Span
 
 IDS, SLOTS, COLUMNS = 89, 5, 1500
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason=f"CUDA graphs: torch {torch.__version__} sees no GPU")
@@ -19,18 +21,7 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason=f"CUDA graphs:
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    torch.manual_seed(6)
-    config = LlamaConfig(
-        vocab_size=IDS,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        initializer_range=0.5,  # so that what is most likely is so by far
-    )
-    return LlamaForCausalLM(config).eval()
+    return tiny_draft(IDS, positions=2048, seed=6)
 
 
 class Repeats:
